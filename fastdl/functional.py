@@ -1,0 +1,29 @@
+"""The fused ops, under the names and signatures of torch.nn.functional."""
+
+from .ops.activation import activation as activation, dropout as dropout
+from .ops.activation_functions import (
+    celu as celu,
+    elu as elu,
+    gelu as gelu,
+    gelu_tanh as gelu_tanh,
+    hardsigmoid as hardsigmoid,
+    hardswish as hardswish,
+    hardtanh as hardtanh,
+    leaky_relu as leaky_relu,
+    logsigmoid as logsigmoid,
+    mish as mish,
+    quick_gelu as quick_gelu,
+    relu as relu,
+    relu2 as relu2,
+    relu6 as relu6,
+    selu as selu,
+    sigmoid as sigmoid,
+    silu as silu,
+    softplus as softplus,
+    softsign as softsign,
+    tanh as tanh,
+    tanhshrink as tanhshrink,
+)
+from .ops.layernorm import layer_norm as layer_norm
+from .ops.linear import linear as linear
+from .ops.mlp import mlp as mlp

@@ -1,0 +1,25 @@
+"""torch's modules on the fused ops: same constructors, same state, another forward."""
+
+from .activation import (
+    CELU as CELU,
+    ELU as ELU,
+    GELU as GELU,
+    SELU as SELU,
+    Dropout as Dropout,
+    Hardsigmoid as Hardsigmoid,
+    Hardswish as Hardswish,
+    Hardtanh as Hardtanh,
+    LeakyReLU as LeakyReLU,
+    LogSigmoid as LogSigmoid,
+    Mish as Mish,
+    ReLU as ReLU,
+    ReLU6 as ReLU6,
+    Sigmoid as Sigmoid,
+    SiLU as SiLU,
+    Softplus as Softplus,
+    Softsign as Softsign,
+    Tanh as Tanh,
+    Tanhshrink as Tanhshrink,
+)
+from .linear import MLP as MLP, Linear as Linear
+from .norm import LayerNorm as LayerNorm

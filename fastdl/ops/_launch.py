@@ -1,0 +1,232 @@
+"""Launching kernels: the facts of the device, compiled kernels kept by signature, and the interpreter."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Triton reads the same variable, when a kernel is decorated: changing it later has no effect on either.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What launch configurations depend on."""
+
+    name: str
+    backend: str
+    arch: int | str
+    sms: int
+    shared: int
+
+
+# Few processors, so that persistent loops go round more than once on the small shapes of a test.
+INTERPRETER = Device("interpreter", "interpreter", 90, sms=3, shared=232448)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How an op is launched: which of its kernels, block sizes, warps and stages, and who says so.
+
+    `variant` names the kernel where an op has several; "torch" means that torch measured faster.
+    """
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+    variant: str = ""
+    splits: int = 1
+    source: str = "rule"
+
+    def __getitem__(self, block: str) -> int:
+        return self.blocks[block]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was asked for."""
+
+    kernel: "Kernel"
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: Mapping[str, Any]
+    config: Config
+
+    def __str__(self) -> str:
+        blocks = " ".join(f"{k}={v}" for k, v in self.config.blocks.items())
+        return (
+            f"{self.kernel.name} grid={self.grid} {blocks} warps={self.config.num_warps} "
+            f"stages={self.config.num_stages} [{self.config.source}]"
+        )
+
+
+@dataclass
+class _Recorder:
+    launches: list[Launch] = field(default_factory=list)
+    device: Device | None = None  # set: nothing is launched, and this device is assumed
+
+
+class _State(threading.local):
+    recorder: _Recorder | None = None
+
+
+_state = _State()
+_interpreter_lock = threading.Lock()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
+def have_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def device_types() -> tuple[str, ...]:
+    """The device types on which kernels can run just now."""
+    if _state.recorder is not None and _state.recorder.device is not None:
+        return ("meta",)
+    return ("cuda", "cpu") if INTERPRETED else ("cuda",)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The facts that launch configurations for `tensor` depend on."""
+    if _state.recorder is not None and _state.recorder.device is not None:
+        return _state.recorder.device
+    return INTERPRETER if INTERPRETED else _gpu(tensor.device.index)
+
+
+@functools.cache
+def _gpu(index: int) -> Device:
+    facts = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Device(
+            facts.name, "hip", facts.gcnArchName.split(":")[0], facts.multi_processor_count, 65536
+        )
+    arch = facts.major * 10 + facts.minor
+    shared = facts.shared_memory_per_block_optin
+    return Device(facts.name, "cuda", arch, facts.multi_processor_count, shared)
+
+
+@contextlib.contextmanager
+def recording(device: Device | None = None) -> Iterator[list[Launch]]:
+    """Collect launches. With `device`, ops run on meta tensors as that device would, and launch nothing."""
+    outer, _state.recorder = _state.recorder, _Recorder(device=device)
+    try:
+        yield _state.recorder.launches
+    finally:
+        _state.recorder = outer
+
+
+def is_dry() -> bool:
+    return _state.recorder is not None and _state.recorder.device is not None
+
+
+class Kernel:
+    """A kernel of `fastdl/kernels`, found at its first launch, with the binaries compiled for it so far."""
+
+    def __init__(self, path: str) -> None:
+        self.module, self.name = path.split(".")
+        self.compiled: dict[Any, Any] = {}
+
+    @functools.cached_property
+    def fn(self) -> Any:
+        return getattr(importlib.import_module(f"..kernels.{self.module}", __package__), self.name)
+
+
+def launch(
+    kernel: Kernel, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any
+) -> None:
+    """Launch over `grid`. `args` are the run-time arguments in order; blocks of `config` are constants too."""
+    recorder = _state.recorder
+    if recorder is not None:
+        recorder.launches.append(Launch(kernel, grid, args, constants, config))
+        if recorder.device is not None:
+            return
+    if INTERPRETED:
+        with _interpreter_lock:
+            _patch_interpreter()
+            kernel.fn[grid](*args, **constants, **config.blocks)
+        return
+    device = next(a.device.index for a in args if isinstance(a, Tensor))
+    if device == torch.cuda.current_device():
+        _run(kernel, grid, device, args, constants, config)
+    else:
+        with torch.cuda.device(device):
+            _run(kernel, grid, device, args, constants, config)
+
+
+def _run(
+    kernel: Kernel, grid: tuple[int, ...], device: int, args: Any, constants: Any, config: Config
+) -> None:
+    # Triton's own launcher binds and specialises all arguments anew at each call; this key costs a third of it.
+    key = (
+        device,
+        config.num_warps,
+        config.num_stages,
+        *map(_specialisation, args),
+        *constants.items(),
+        *config.blocks.items(),
+    )
+    known = kernel.compiled.get(key)
+    if known is None:
+        named = {**constants, **config.blocks}
+        binary = kernel.fn[grid](
+            *args, **named, num_warps=config.num_warps, num_stages=config.num_stages
+        )
+        kernel.compiled[key] = binary, [named[name] for name in kernel.fn.arg_names[len(args) :]]
+    else:
+        binary, values = known
+        binary[(*grid, 1, 1)[:3]](*args, *values)
+
+
+def _specialisation(arg: Any) -> Any:
+    """All that Triton compiles an argument for: its type, 16-byte alignment, being 1, needing 64 bits."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, int):
+        return 1 if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
+    if isinstance(arg, float) or arg is None:
+        return type(arg)
+    return arg.base.dtype, tuple(arg.block_shape)  # a tensor descriptor
+
+
+@functools.cache
+def _patch_interpreter() -> None:
+    """Triton's interpreter multiplies the bit patterns of bf16 in `tl.dot`: give it fp32 of the same values."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    dot, patch_tensor = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
+
+    def widen(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, max_imprecise: Any) -> Any:
+        return dot(self, widen(a), widen(b), d, precision, max_imprecise)
+
+    def patched_tensor(tensor: Any, *args: Any, **kwargs: Any) -> None:
+        patch_tensor(tensor, *args, **kwargs)
+        # A range with a tensor as bound: numpy >= 2.4 refuses what Triton 3.6 does for it.
+        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patched_tensor

@@ -1,0 +1,122 @@
+"""Measured launch configurations: JSON files, one a GPU, checked key by key. They are data, never code."""
+
+import functools
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ._launch import Config, Device, power_of_2
+
+SCHEMA = 1
+MAX_BYTES = 4 << 20
+PACKAGED = Path(__file__).parent.parent / "tuned"
+
+# Keys of an entry and what each may be. Blocks are powers of two: Triton takes no others.
+_WHOLE = {"num_warps": (1, 32), "num_stages": (1, 8), "splits": (1, 256)}
+_BLOCK = (1, 1 << 20)
+
+
+def size_class(*sizes: int) -> str:
+    """Shapes that share a configuration: each size rounded up to a power of two."""
+    return "x".join(str(power_of_2(size)) for size in sizes)
+
+
+def lookup(op: str, dtype: Any, sizes: tuple[int, ...], device: Device) -> Config | None:
+    """The measured configuration for these sizes on this GPU, the user's file before the packaged one."""
+    key = f"{op}/{str(dtype).removeprefix('torch.')}/{size_class(*sizes)}"
+    for source, path in (("user", user_file(device.name)), ("tuned", packaged_file(device.name))):
+        entry = read(path).get(key)
+        if entry is not None:
+            return Config(**{**entry, "source": source})
+    return None
+
+
+def packaged_file(gpu: str) -> Path:
+    return PACKAGED / f"{_slug(gpu)}.json"
+
+
+def user_file(gpu: str) -> Path:
+    """Where `fastdl tune` writes: under FASTDL_TUNED, else the user's cache."""
+    base = os.environ.get("FASTDL_TUNED") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"),
+        "fastdl",
+    )
+    return Path(base) / f"{_slug(gpu)}.json"
+
+
+def _slug(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+@functools.cache
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a table. A missing file is empty; a damaged one too, with one warning."""
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+        table = json.loads(path.read_text())
+        check(table)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"fastdl: ignoring the tuned table {path}: {error}", stacklevel=2)
+        return {}
+    return table["entries"]
+
+
+def write(
+    path: Path, gpu: str, provenance: dict[str, str], entries: dict[str, dict[str, Any]]
+) -> None:
+    """Write a table so that a reader sees the old one or the new one, never half of one."""
+    table = {"schema": SCHEMA, "gpu": gpu, "provenance": provenance, "entries": entries}
+    check(table)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+    read.cache_clear()
+
+
+def check(table: Any) -> None:
+    """Raise ValueError, naming the key, unless the table is of the form that `write` writes."""
+    if not isinstance(table, dict) or table.keys() != {"schema", "gpu", "provenance", "entries"}:
+        raise ValueError("its keys are not schema, gpu, provenance and entries")
+    if table["schema"] != SCHEMA:
+        raise ValueError(f"schema is {table['schema']!r}, this version reads {SCHEMA}")
+    if not isinstance(table["gpu"], str):
+        raise ValueError("gpu is not a name")
+    if not isinstance(table["provenance"], dict) or not isinstance(table["entries"], dict):
+        raise ValueError("provenance or entries is not an object")
+    for key, entry in table["entries"].items():
+        if not re.fullmatch(r"[a-z_0-9]+/[a-z0-9]+/\d+(x\d+)*", key):
+            raise ValueError(f"entry {key!r} is not op/dtype/sizes")
+        _check_entry(key, entry)
+
+
+def _check_entry(key: str, entry: Any) -> None:
+    if not isinstance(entry, dict) or not entry.keys() <= {"blocks", "variant", *_WHOLE}:
+        raise ValueError(f"entry {key!r} has keys that are not known")
+    blocks = entry.get("blocks")
+    if not isinstance(blocks, dict) or not isinstance(entry.get("variant", ""), str):
+        raise ValueError(f"entry {key!r} has no blocks, or a variant that is not a name")
+    for name, value in blocks.items():
+        if (
+            not re.fullmatch(r"[A-Z_]+", name)
+            or not _is_whole(value, *_BLOCK)
+            or value & (value - 1)
+        ):
+            raise ValueError(
+                f"entry {key!r}: block {name} = {value!r} is not a power of two in range"
+            )
+    for name, (low, high) in _WHOLE.items():
+        if name in entry and not _is_whole(entry[name], low, high):
+            raise ValueError(
+                f"entry {key!r}: {name} = {entry[name]!r} is not between {low} and {high}"
+            )
+
+
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high

@@ -1,0 +1,391 @@
+"""Layer normalization with the residual before it and the modulation after it."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _tuned
+from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
+from ._op import (
+    SPELLINGS,
+    LibraryOp,
+    Op,
+    Spelling,
+    autocast_to_float32,
+    differentiating,
+    gradients,
+    second_derivative,
+)
+from ._route import Reason, prefers_torch
+
+LAYERNORM_FWD = Kernel("layernorm.layernorm_fwd")
+LAYERNORM_BWD = Kernel("layernorm.layernorm_bwd")
+LAYERNORM_WIDE_FWD = Kernel("layernorm_wide.layernorm_wide_fwd")
+LAYERNORM_WIDE_DX = Kernel("layernorm_wide.layernorm_wide_dx")
+LAYERNORM_WIDE_SUMS = Kernel("layernorm_wide.layernorm_wide_sums")
+
+
+def definition(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, dims: int, eps: float,
+) -> Any:  # fmt: skip
+    """norm(h) (1 + scale) + shift of h = x + residual, over the last `dims` dimensions; with a residual, h too."""
+    h = x if residual is None else x + residual
+    wide = h.dtype if weight is None else torch.promote_types(h.dtype, weight.dtype)
+    y = F.layer_norm(h.to(wide), h.shape[h.dim() - dims :], weight, bias, eps).to(h.dtype)
+    if scale is not None:
+        y = y * (1 + scale)
+    if shift is not None:
+        y = y + shift
+    return y if residual is None else (y, h)
+
+
+def choose(n_cols: int, dtype: torch.dtype, device: Device, backward: bool) -> Config:
+    """Tiles of whole rows while they fit in registers, else ("wide") blocks of columns.
+
+    Backward holds four sums of columns beside its rows, so its rows are shorter. A thread has 16 elements.
+    """
+    op = "layer_norm_backward" if backward else "layer_norm"
+    tuned = _tuned.lookup(op, dtype, (n_cols,), device)
+    if tuned is not None:
+        return tuned
+    small = device.backend == "interpreter"
+    longest = 128 if small else 8192 if backward else 32768
+    if n_cols > longest:
+        return Config(
+            {"BLOCK": 64 if small else 2048 if backward else 8192}, 4 if backward else 16, 1, "wide"
+        )
+    block, tile = power_of_2(n_cols), 128 if small else 4096
+    rows = max(1, min(tile // block, 16))
+    warps = min(max(rows * block // 512, 1), 16)
+    return Config({"ROWS": rows, "BLOCK": block}, warps, 1, "rows")
+
+
+def _like(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, dims: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    y = x.new_empty(x.shape)
+    h = x.new_empty(0) if residual is None else x.new_empty(x.shape)
+    mean = x.new_empty(x.shape[: x.dim() - dims], dtype=torch.float32)
+    return y, h, mean, torch.empty_like(mean)
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, dims: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    y, h, mean, rstd = _like(x, residual, weight, bias, scale, shift, dims, eps)
+    groups, scale, shift = _by_group(x, scale, shift, dims)
+    rows = _as_rows(x, dims)
+    n_rows, n_cols = rows.shape
+    config = choose(n_cols, x.dtype, device_of(x), backward=False)
+    group_rows = n_rows // groups
+    tensors = (rows, _dense(residual), _dense(weight), _dense(bias), scale, shift, y)
+    outputs = (None if residual is None else h, mean, rstd)
+    if config.variant == "wide":
+        launch(
+            LAYERNORM_WIDE_FWD, (n_rows,), *tensors, *outputs,
+            rows.stride(0), n_cols, group_rows, eps, config=config,
+        )  # fmt: skip
+    else:
+        parts = cdiv(group_rows, config["ROWS"])
+        launch(
+            LAYERNORM_FWD, (groups * parts,), *tensors, *outputs,
+            rows.stride(0), n_cols, group_rows, parts, eps, config=config,
+        )  # fmt: skip
+    return y, h, mean, rstd
+
+
+def _as_rows(x: Tensor, dims: int) -> Tensor:
+    """x as [rows, columns], columns side by side. Copies only where the layout does not allow a view."""
+    rows = x.reshape(x.shape[: x.dim() - dims].numel(), -1)
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _leading(x: Tensor, dims: int, *factors: Tensor | None) -> int:
+    """How many leading dimensions of x scale and shift vary over."""
+    n = x.dim() - dims
+    shapes = [(1,) * (x.dim() - f.dim()) + tuple(f.shape) for f in factors if f is not None]
+    return max((i + 1 for shape in shapes for i in range(n) if shape[i] != 1), default=0)
+
+
+def _by_group(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, dims: int
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """The number of groups of rows that share a scale and shift, and these as [groups, columns]."""
+    lead = _leading(x, dims, scale, shift)
+    groups, n = x.shape[:lead].numel(), x.dim() - dims
+    shape = (*x.shape[:lead], *(1 for _ in range(n - lead)), *x.shape[n:])
+
+    def expand(f: Tensor | None) -> Tensor | None:
+        return None if f is None else f.expand(shape).reshape(groups, -1).contiguous()
+
+    return groups, expand(scale), expand(shift)
+
+
+def _torch_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, dims: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    y, h, mean, rstd = _like(x, residual, weight, bias, scale, shift, dims, eps)
+    if residual is None:
+        h_, y_ = x, definition(x, residual, weight, bias, scale, shift, dims, eps)
+    else:
+        y_, h_ = definition(x, residual, weight, bias, scale, shift, dims, eps)
+        h.copy_(h_)
+    if x.numel():
+        moments = torch.var_mean(h_.float().flatten(x.dim() - dims), -1, correction=0)
+        rstd.copy_(moments[0].add(eps).rsqrt()), mean.copy_(moments[1])
+    return y.copy_(y_), h, mean, rstd
+
+
+def _decline(x: Tensor, *args: Any) -> Reason | None:
+    n_cols = x.shape[x.dim() - args[-2] :].numel()
+    config = choose(n_cols, x.dtype, device_of(x), backward=False)
+    return Reason.MEASURED if prefers_torch(config.variant) else None
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _like_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor, dims: int, eps: float,
+    needs: list[bool],
+) -> Gradients:  # fmt: skip
+    return tuple(  # type: ignore[return-value]
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
+        for t, need in zip((h, weight, bias, scale, shift), needs, strict=True)
+    )
+
+
+def _backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor, dims: int, eps: float,
+    needs: list[bool],
+) -> Gradients:  # fmt: skip
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    groups, group_scale, _ = _by_group(h, scale, shift, dims)
+    rows = _as_rows(h, dims)
+    config = choose(rows.shape[1], h.dtype, device_of(h), backward=True)
+    run = _launch_wide_backward if config.variant == "wide" else _launch_backward
+    sums = run(
+        _dense(dy), _dense(dh), rows, _dense(weight), _dense(bias), group_scale, mean, rstd,
+        dx, groups, config, any(needs[1:]),
+    )  # fmt: skip
+    by_group = lambda kind: sums[kind].view(groups, -1, rows.shape[1]).sum(1)
+    lead = _leading(h, dims, scale, shift)
+    return (
+        dx,
+        sums[0].sum(0).view(weight.shape).to(weight.dtype) if needs[1] else None,
+        sums[1].sum(0).view(bias.shape).to(bias.dtype) if needs[2] else None,
+        _ungroup(by_group(2), h, lead, dims, scale) if needs[3] else None,
+        _ungroup(by_group(1 if scale is None else 3), h, lead, dims, shift) if needs[4] else None,
+    )  # type: ignore[return-value]
+
+
+def _ungroup(sums: Tensor, h: Tensor, lead: int, dims: int, like: Tensor) -> Tensor:
+    """[groups, columns] summed to the shape of scale or shift."""
+    n = h.dim() - dims
+    full = sums.view(*h.shape[:lead], *(1 for _ in range(n - lead)), *h.shape[n:])
+    return full.sum_to_size(like.shape).to(like.dtype)
+
+
+def _parts(group_rows: int, rows: int, groups: int, device: Device) -> int:
+    """Programs a group: a few for each processor, and one partial sum each."""
+    return max(1, min(cdiv(group_rows, rows), 4 * device.sms // groups))
+
+
+def _launch_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, mean: Tensor, rstd: Tensor, dx: Tensor, groups: int, config: Config,
+    need_sums: bool,
+) -> Any:  # fmt: skip
+    (n_rows, n_cols), kinds = h.shape, 2 if scale is None else 4
+    group_rows = n_rows // groups
+    parts = _parts(group_rows, config["ROWS"], groups, device_of(h))
+    sums = h.new_empty((kinds, groups * parts, n_cols), dtype=torch.float32) if need_sums else None
+    launch(
+        LAYERNORM_BWD, (groups * parts,),
+        dy, dh, h, weight, bias, scale, mean, rstd, dx, sums,
+        h.stride(0), n_cols, group_rows, parts, config=config,
+    )  # fmt: skip
+    return sums
+
+
+def _launch_wide_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, mean: Tensor, rstd: Tensor, dx: Tensor, groups: int, config: Config,
+    need_sums: bool,
+) -> Any:  # fmt: skip
+    (n_rows, n_cols), kinds = h.shape, 2 if scale is None else 4
+    group_rows, columns = n_rows // groups, cdiv(n_cols, config["BLOCK"])
+    launch(
+        LAYERNORM_WIDE_DX, (n_rows,),
+        dy, dh, h, weight, scale, mean, rstd, dx,
+        h.stride(0), n_cols, group_rows, config=config,
+    )  # fmt: skip
+    if not need_sums:
+        return None
+    parts = _parts(group_rows, 1, groups * columns, device_of(h))
+    sums = h.new_empty((kinds, groups * parts, n_cols), dtype=torch.float32)
+    launch(
+        LAYERNORM_WIDE_SUMS, (groups * parts, columns),
+        dy, h, weight, bias, scale, mean, rstd, sums,
+        h.stride(0), n_cols, group_rows, parts, config=config,
+    )  # fmt: skip
+    return sums
+
+
+def _torch_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor, dims: int, eps: float,
+    needs: list[bool],
+) -> Gradients:  # fmt: skip
+    args = (h, None, weight, bias, scale, shift, dims, eps)
+    dx, _, *others = gradients(definition, args, dy, [True, False, *needs[1:]])[:6]
+    return (dx if dh is None else dx + dh), *others  # type: ignore[operator, return-value]
+
+
+FORWARD = LibraryOp("layer_norm", _forward, like=_like, torch_form=_torch_forward, decline=_decline)
+BACKWARD = LibraryOp(
+    "layer_norm_backward", _backward, like=_like_backward, torch_form=_torch_backward
+)
+
+
+class LayerNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+        scale: Tensor | None, shift: Tensor | None, dims: int, eps: float,
+    ) -> Any:  # fmt: skip
+        y, h, mean, rstd = FORWARD.overload(x, residual, weight, bias, scale, shift, dims, eps)
+        ctx.save_for_backward(x if residual is None else h, weight, bias, scale, shift, mean, rstd)
+        ctx.options = (dims, eps)
+        ctx.set_materialize_grads(False)
+        return y if residual is None else (y, h)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> Any:
+        needs = [any(ctx.needs_input_grad[:2]), *ctx.needs_input_grad[2:6]]
+        if dy is None:
+            return dh, dh, None, None, None, None, None, None
+        h, *factors, mean, rstd = ctx.saved_tensors
+        if differentiating():
+            # h is an output of this Function: its own path back to x and residual is added by autograd
+            args, wanted = (h, None, *factors, *ctx.options), [needs[0], False, *needs[1:]]
+            dx, _, *others = second_derivative("layer_norm", definition, args, dy, wanted)[:6]
+            dx = dx if dh is None or dx is None else dx + dh
+        else:
+            dx, *others = BACKWARD.overload(dy, dh, h, *factors, mean, rstd, *ctx.options, needs)
+        into_x, into_residual = ctx.needs_input_grad[:2]
+        return dx if into_x else None, dx if into_residual else None, *others, None, None
+
+
+def _inference(x: Tensor, residual: Tensor | None, *args: Any) -> Any:
+    y, h, *_ = FORWARD.overload(x, residual, *args)
+    return y if residual is None else (y, h)
+
+
+OP = Op("layer_norm", definition, LayerNormFunction, _inference)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: list[int] | tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Any:
+    """norm(h) * weight + bias of h = input + residual, then * (1 + scale) + shift; with `prenorm` also h."""
+    _check(input, tuple(normalized_shape), weight, bias)
+    input, weight, bias, residual, scale, shift = autocast_to_float32(
+        input, weight, bias, residual, scale, shift
+    )
+    if residual is not None and not (
+        residual.dtype == input.dtype and residual.shape == input.shape
+    ):
+        input, residual = input + residual, None
+    late = [f for f in (scale, shift) if f is not None and not _modulates(f, input)]
+    early = (scale, shift) if not late else (None, None)
+    out = OP(input, residual, weight, bias, *early, len(normalized_shape), eps)
+    y, h = (out, input) if residual is None else out
+    if late:
+        y = y if scale is None else y * (1 + scale)
+        y = y if shift is None else y + shift
+    return (y, h) if prenorm else y
+
+
+def _modulates(factor: Tensor, input: Tensor) -> bool:
+    """Whether applying the factor neither enlarges nor promotes the input."""
+    grown = factor.dim() > input.dim() or any(
+        f not in (1, n) for f, n in zip(factor.shape[::-1], input.shape[::-1], strict=False)
+    )
+    return factor.dtype == input.dtype and not grown
+
+
+def _check(
+    input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
+) -> None:
+    given = f"input is {tuple(input.shape)}, normalized_shape is {shape}"
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise RuntimeError(f"layer_norm: {given}; it must be the last dimensions of input")
+    for name, factor in (("weight", weight), ("bias", bias)):
+        if factor is None:
+            continue
+        if tuple(factor.shape) != shape:
+            raise RuntimeError(
+                f"layer_norm: {given}, {name} is {tuple(factor.shape)}; must be the same"
+            )
+        if factor.device != input.device:
+            raise RuntimeError(
+                f"layer_norm: input is on {input.device}, {name} on {factor.device}; must be the same"
+            )
+
+
+def _call(x: Any, shape: Any, w: Any, b: Any, eps: Any, **options: Any) -> partial[Any]:
+    return partial(layer_norm, x, shape, w, b, eps, **options)
+
+
+def _norm(x: Any, shape: Any, w: Any, b: Any, eps: Any) -> Tensor:
+    return F.layer_norm(x, shape, w, b, eps)
+
+
+SPELLINGS.extend(
+    [
+        Spelling(
+            lambda x, r, shape, w, b, eps, scale, shift: (
+                _norm(x + r, shape, w, b, eps) * (1 + scale) + shift
+            ),
+            lambda x, r, shape, w, b, eps, scale, shift: _call(
+                x, shape, w, b, eps, residual=r, scale=scale, shift=shift
+            ),
+        ),
+        Spelling(
+            lambda x, shape, w, b, eps, scale, shift: (
+                _norm(x, shape, w, b, eps) * (1 + scale) + shift
+            ),
+            lambda x, shape, w, b, eps, scale, shift: _call(
+                x, shape, w, b, eps, scale=scale, shift=shift
+            ),
+        ),
+        Spelling(
+            lambda x, r, shape, w, b, eps: _norm(x + r, shape, w, b, eps),
+            lambda x, r, shape, w, b, eps: _call(x, shape, w, b, eps, residual=r),
+        ),
+        Spelling(_norm, _call),
+    ]
+)

@@ -1,0 +1,403 @@
+"""Linear layers with what follows them: dropout(act(x Wᵀ + b)) + residual."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _tuned
+from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
+from ._op import (
+    SPELLINGS,
+    LibraryOp,
+    Op,
+    Spelling,
+    autocast_to_lower,
+    differentiating,
+    gradients,
+    second_derivative,
+)
+from ._rng import dropout
+from ._route import Reason, prefers_torch
+from .activation import (
+    ACTIVATIONS,
+    Activations,
+    activation as apply_activation,
+    apply_definition,
+    at_output,
+    lower,
+    seed_for,
+    spelled,
+    with_parameters,
+)
+
+LINEAR_FWD = Kernel("linear.linear_fwd")
+LINEAR_PERSISTENT = Kernel("linear.linear_persistent")
+LINEAR_FINISH = Kernel("linear.linear_finish")
+LINEAR_BWD = Kernel("linear.linear_bwd")
+
+
+def definition(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
+    name: str, a: float, b: float, p: float,
+) -> Tensor:  # fmt: skip
+    """dropout(act(x Wᵀ + b)) + residual."""
+    return _finish(F.linear(x, weight, bias), residual, seed, name, a, b, p)
+
+
+def _finish(
+    z: Tensor, residual: Tensor | None, seed: Tensor | None, name: str, a: float, b: float, p: float
+) -> Tensor:
+    y = dropout(apply_definition(z, name, a, b), seed, p, rows=_rows(z))
+    return y if residual is None else y + residual
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+def choose(M: int, N: int, K: int, dtype: torch.dtype, device: Device, tma: bool) -> Config:
+    """The launch configuration: a measured one, else by rule."""
+    tuned = _tuned.lookup("linear", dtype, (M, N, K), device)
+    if tuned is not None and (tma or tuned.variant != "persistent"):
+        return tuned
+    small = device.backend == "interpreter"
+    if dtype == torch.float32 and not small and not _tf32():
+        # exact fp32 has no tensor cores: the vendor's product, then our one pass over it
+        return Config(_FINISH_BLOCKS, 4, 1, variant="gemm")
+    scale = 4 if small else 1
+    if scale * M <= 64:
+        # few rows: weight tiles take the tensor cores' long side
+        config = _tiles(max(16, power_of_2(M)), 128 // scale, 128 // scale, 4, 3, swap=1)
+    elif tma and scale**2 * M * N >= 2048 * 1024:
+        return Config(
+            _blocks(128 // scale, 256 // scale, 64 // scale, 8), 8, 3, variant="persistent"
+        )
+    elif scale**2 * M * N >= 1024 * 1024:
+        config = _tiles(128 // scale, 128 // scale, 64 // scale, 8, 3)
+    else:
+        config = _tiles(64 // scale, 64 // scale, 64 // scale, 4, 4)
+    return _with_splits(config, M, N, K, device)
+
+
+# In the order in which the kernels take them.
+_FINISH_BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 128}
+
+
+def _blocks(m: int, n: int, k: int, group: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": group}
+
+
+def _tiles(m: int, n: int, k: int, warps: int, stages: int, swap: int = 0) -> Config:
+    return Config({**_blocks(m, n, k, 8), "SWAP": swap}, warps, stages, variant="tiles")
+
+
+def _with_splits(config: Config, M: int, N: int, K: int, device: Device) -> Config:
+    """Slice K while the tiles fill less than half of the processors and a slice keeps four blocks."""
+    tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
+    splits = max(1, min(device.sms // tiles, K // (4 * config["BLOCK_K"]), 16))
+    return Config(config.blocks, config.num_warps, config.num_stages, config.variant, splits)
+
+
+def candidates(dtype: torch.dtype) -> list[Config]:
+    """Every configuration that tuning may pick, each to be proved exact on the device."""
+    tiles = [(64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4), (128, 128, 64, 8, 3)]
+    if dtype == torch.float32:
+        return [
+            _tiles(64, 64, 32, 4, 3),
+            _tiles(128, 128, 32, 8, 3),
+            Config(_FINISH_BLOCKS, 4, 1, "gemm"),
+        ]
+    return [
+        *(_tiles(*tile) for tile in tiles),
+        *(_tiles(m, 128, 128, 4, 3, swap=1) for m in (16, 32, 64)),
+        Config(_blocks(128, 256, 64, 8), 8, 3, variant="persistent"),
+        Config(_blocks(256, 128, 64, 8), 8, 3, variant="persistent"),
+        Config(_blocks(128, 128, 64, 8), 8, 4, variant="persistent"),
+        Config(_FINISH_BLOCKS, 4, 1, variant="gemm"),
+    ]
+
+
+def _tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _fits_tma(*tensors: Tensor) -> bool:
+    """What tensor descriptors ask for: 16-bit rows in a line, all aligned to 16 bytes."""
+    return all(
+        t.element_size() == 2
+        and t.stride(1) == 1
+        and t.stride(0) * 2 % 16 == 0
+        and (t.is_meta or t.data_ptr() % 16 == 0)
+        for t in tensors
+    )
+
+
+def _like(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
+    name: str, a: float, b: float, p: float, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, torch.empty_like(y) if keep else y.new_empty(0)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
+    name: str, a: float, b: float, p: float, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y, z = _like(x, weight, bias, residual, seed, name, a, b, p, keep)
+    x = x.reshape(-1, x.shape[-1])
+    (M, K), N = x.shape, weight.shape[0]
+    config = choose(M, N, K, x.dtype, device_of(x), _fits_tma(x, weight))
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    tail = (bias, residual, seed, y, z if keep else None)
+    _VARIANTS[config.variant](x, weight, tail, (M, N, K), (name, a, b, p), config)
+    return y, z
+
+
+def _launch_tiles(
+    x: Tensor, weight: Tensor, tail: Any, sizes: Any, options: Any, config: Config
+) -> None:
+    (M, N, K), (name, a, b, p) = sizes, options
+    parts = config.splits
+    partial_sums = x.new_empty((parts, M, N), dtype=torch.float32) if parts > 1 else None
+    tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
+    launch(
+        LINEAR_FWD, (tiles, parts),
+        x, weight, *tail, partial_sums,
+        M, N, K, *x.stride(), *weight.stride(), a, b, p,
+        ACT=name, PRECISION="tf32" if _tf32() else "ieee", EVEN_K=K % (config["BLOCK_K"] * parts) == 0,
+        config=config,
+    )  # fmt: skip
+    if partial_sums is not None:
+        _launch_finish(partial_sums, tail, sizes, options, Config(_FINISH_BLOCKS, 4, 1))
+
+
+def _launch_persistent(
+    x: Tensor, weight: Tensor, tail: Any, sizes: Any, options: Any, config: Config
+) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    (M, N, K), (name, a, b, p) = sizes, options
+    tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
+    x_desc = TensorDescriptor.from_tensor(x, [config["BLOCK_M"], config["BLOCK_K"]])
+    weight_desc = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
+    launch(
+        LINEAR_PERSISTENT, (min(tiles, device_of(x).sms),),
+        x_desc, weight_desc, *tail,
+        M, N, K, a, b, p,
+        ACT=name, config=config,
+    )  # fmt: skip
+
+
+def _launch_gemm(
+    x: Tensor, weight: Tensor, tail: Any, sizes: Any, options: Any, config: Config
+) -> None:
+    _launch_finish(torch.mm(x, weight.t())[None], tail, sizes, options, config)
+
+
+def _launch_finish(
+    partial_sums: Tensor, tail: Any, sizes: Any, options: Any, config: Config
+) -> None:
+    (M, N, _), (name, a, b, p) = sizes, options
+    tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
+    launch(
+        LINEAR_FINISH, (tiles,),
+        partial_sums, *tail,
+        M, N, partial_sums.shape[0], a, b, p,
+        ACT=name, config=config,
+    )  # fmt: skip
+
+
+_VARIANTS = {"tiles": _launch_tiles, "persistent": _launch_persistent, "gemm": _launch_gemm}
+
+
+def _torch_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
+    name: str, a: float, b: float, p: float, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    z = F.linear(x, weight, bias)
+    y = _finish(z, residual, seed, name, a, b, p)
+    # a library op returns neither an input nor the same tensor twice
+    return y.contiguous() if y is not z else y.clone(), z.contiguous() if keep else y.new_empty(0)
+
+
+def _decline(x: Tensor, weight: Tensor, *args: Any) -> Reason | None:
+    N, K = weight.shape
+    if N == 0 or K == 0:
+        return Reason.EMPTY
+    config = choose(_rows(x), N, K, x.dtype, device_of(x), tma=True)
+    return Reason.MEASURED if prefers_torch(config.variant) else None
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def _like_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, seed: Tensor | None,
+    name: str, a: float, b: float, p: float, needs: list[bool],
+) -> Gradients:  # fmt: skip
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return tuple(x.new_empty(s) if need else None for s, need in zip(shapes, needs, strict=True))  # type: ignore
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, seed: Tensor | None,
+    name: str, a: float, b: float, p: float, needs: list[bool],
+) -> Gradients:  # fmt: skip
+    x2, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, weight.shape[0])
+    if name == "none" and seed is None:
+        dz, dbias = dy, dy.sum(0) if needs[2] else None
+    else:
+        dz, dbias = _launch_backward(dy.contiguous(), z, seed, (name, a, b, p), needs[2])
+    dx = torch.mm(dz, weight).view(x.shape) if needs[0] else None
+    dweight = torch.mm(dz.t(), x2) if needs[1] else None
+    return dx, dweight, dbias  # type: ignore[return-value]
+
+
+def _launch_backward(
+    dy: Tensor, z: Tensor | None, seed: Tensor | None, options: Any, need_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    (M, N), (name, a, b, p) = dy.shape, options
+    small = device_of(dy).backend == "interpreter"
+    config = Config({"BLOCK_M": 8, "BLOCK_N": 32} if small else {"BLOCK_M": 32, "BLOCK_N": 128})
+    columns = cdiv(N, config["BLOCK_N"])
+    parts = max(1, min(cdiv(M, config["BLOCK_M"]), 4 * device_of(dy).sms // columns))
+    dz = torch.empty_like(dy)
+    dbias = dy.new_empty((parts, N), dtype=torch.float32) if need_bias else None
+    launch(
+        LINEAR_BWD, (columns, parts),
+        dy, z, seed, dz, dbias,
+        M, N, a, b, p,
+        ACT=name, config=config,
+    )  # fmt: skip
+    return dz, None if dbias is None else dbias.sum(0).to(dy.dtype)
+
+
+def _torch_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, seed: Tensor | None,
+    name: str, a: float, b: float, p: float, needs: list[bool],
+) -> Gradients:  # fmt: skip
+    dz = dy
+    if z is not None or seed is not None:
+        args = (dy if z is None else z, None, seed, name, a, b, p)
+        (dz, *_) = gradients(_finish, args, dy, [True])  # type: ignore[assignment]
+    bias = x.new_zeros(weight.shape[0])
+    return tuple(gradients(F.linear, (x, weight, bias), dz, needs))  # type: ignore[return-value]
+
+
+FORWARD = LibraryOp("linear", _forward, like=_like, torch_form=_torch_forward, decline=_decline)
+BACKWARD = LibraryOp("linear_backward", _backward, like=_like_backward, torch_form=_torch_backward)
+
+
+class LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+        seed: Tensor | None, *options: Any,
+    ) -> Tensor:  # fmt: skip
+        name, a = options[:2]
+        curved = name != "none" and any(ctx.needs_input_grad[:3])
+        from_y = curved and at_output(name, a) and seed is None and residual is None
+        y, z = FORWARD.overload(x, weight, bias, residual, seed, *options, curved and not from_y)
+        # a frozen weight without an activation asks only for the shape of x
+        saved_x = x if ctx.needs_input_grad[1] or curved else None
+        saved_z = (y if from_y else z) if curved else None
+        ctx.save_for_backward(saved_x, weight, bias, seed, saved_z)
+        ctx.shape, ctx.options = x.shape, options
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, bias, seed, z = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        if x is None:
+            x = weight.new_zeros(()).expand(ctx.shape)
+        if differentiating():
+            args = (x, weight, bias, None, seed, *ctx.options)
+            grads = second_derivative("linear", definition, args, dy, needs)[:3]
+        else:
+            grads = BACKWARD.overload(dy, x, weight, z, seed, *ctx.options, needs)
+        return *grads, dy if ctx.needs_input_grad[3] else None, None, None, None, None, None
+
+
+def _inference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
+) -> Tensor:
+    return FORWARD.overload(x, weight, bias, residual, *rest, False)[0]
+
+
+OP = Op("linear", definition, LinearFunction, _inference)
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activations = None,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """dropout(act(input @ weight.T + bias)) + residual, in one pass over the output."""
+    options, module = lower("linear", activation)
+    seed = seed_for(input, dropout_p, training)
+    input, weight, bias = autocast_to_lower(input, weight, bias)
+    _check(input, weight, bias)
+    if module is not None:
+        y = module(OP(input, weight, bias, None, None, *options, 0.0))
+        y = apply_activation(y, None, dropout_p=dropout_p, training=training)
+        return y if residual is None else y + residual
+    p = dropout_p if seed is not None else 0.0
+    if residual is None or _adds_in_place(residual, input, weight):
+        return OP(input, weight, bias, residual, seed, *options, p)
+    return OP(input, weight, bias, None, seed, *options, p) + residual
+
+
+def _adds_in_place(residual: Tensor, input: Tensor, weight: Tensor) -> bool:
+    """Whether adding the residual neither broadcasts nor promotes."""
+    return residual.dtype == input.dtype and residual.shape == (*input.shape[:-1], weight.shape[0])
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    given = f"input is {tuple(input.shape)}, weight is {tuple(weight.shape)}"
+    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f"linear: {given}; allowed are input (..., in) and weight (out, in)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(f"linear: {given}, bias is {tuple(bias.shape)}; allowed is bias (out,)")
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is None:
+            continue
+        if other.dtype != input.dtype:
+            raise RuntimeError(
+                f"linear: input is {input.dtype}, {name} is {other.dtype}; they must be the same"
+            )
+        if other.device != input.device:
+            raise RuntimeError(
+                f"linear: input is on {input.device}, {name} on {other.device}; they must be the same"
+            )
+
+
+def _spell(act: Callable[..., Tensor], name: str) -> list[Spelling]:
+    """The op with this way to write its activation, with a residual before and after it in the sum, and without."""
+
+    def call(x: Any, w: Any, bias: Any, a: Any, b: Any, residual: Any = None) -> partial[Any]:
+        activation = None if name == "none" else with_parameters(name, a, b)
+        return partial(linear, x, w, bias, activation=activation, residual=residual)
+
+    return [
+        Spelling(
+            lambda x, w, bias, a, b, residual: act(F.linear(x, w, bias), a, b) + residual, call
+        ),
+        Spelling(lambda x, w, bias, a, b: act(F.linear(x, w, bias), a, b), call),
+    ]
+
+
+for _name in ACTIVATIONS:
+    for _act in spelled(_name):
+        SPELLINGS.extend(_spell(_act, _name))

@@ -1,0 +1,34 @@
+"""Device functions shared by kernels that normalize rows."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_columns(ptr, cols, n_cols):
+    """Read one vector of columns in fp32, as a row. Lanes past the end are 0."""
+    return tl.load(ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def load_tile(ptr, offsets, mask):
+    """Read a tile in fp32. Lanes past the end are 0, so sums need no second mask."""
+    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def row_mean(x, n_cols):
+    return tl.sum(x, axis=1)[:, None] / n_cols
+
+
+@triton.jit
+def merge_moments(mean, m2, count, x, mask, n_new):
+    """Mean and summed squares of deviation of rows after n_new more columns (Chan's update)."""
+    new_mean = tl.sum(x, axis=1)[:, None] / n_new
+    deviation = tl.where(mask, x - new_mean, 0.0)
+    new_m2 = tl.sum(deviation * deviation, axis=1)[:, None]
+    delta = new_mean - mean
+    total = count + n_new
+    mean += delta * (n_new / total)
+    m2 += new_m2 + delta * delta * (count * n_new / total)
+    return mean, m2, total

@@ -1,0 +1,163 @@
+"""Linear layers: y = dropout(act(x @ weight.T + bias)) + residual, with z = x @ weight.T + bias kept for backward."""
+
+import triton
+import triton.language as tl
+
+from ._math import activate, derivative
+from ._rng import dropout
+
+
+@triton.jit
+def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column block of a tile. Runs of GROUP row blocks share their columns of weight in L2."""
+    n_cols = tl.cdiv(N, BLOCK_N)
+    first = tile // (GROUP * n_cols) * GROUP
+    size = min(tl.cdiv(M, BLOCK_M) - first, GROUP)
+    within = tile % (GROUP * n_cols)
+    return first + within % size, within // size
+
+
+@triton.jit
+def epilogue(
+    z, rows, first_col, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+    M, N, a, b, p,
+    ACT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Finish a tile of z in registers: bias, activation, dropout, residual."""
+    cols = first_col + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    offsets = rows[:, None] * N + cols[None, :]
+
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if z_ptr is not None:
+        tl.store(z_ptr + offsets, z, mask=mask)
+    y = activate(z, ACT, a, b)
+    if seed_ptr is not None:
+        y = dropout(y, seed_ptr, rows[:, None], first_col, p, BLOCK_N)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offsets, y, mask=mask)
+
+
+@triton.jit
+def linear_fwd(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr, partial_ptr,
+    M, N, K, x_row, x_col, w_row, w_col, a, b, p,
+    ACT: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SWAP: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of y and per slice of K. Of several slices each leaves its fp32 sum in `partial`."""
+    block_m, block_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+    part = tl.program_id(1)
+    rows = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = part.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    step = tl.num_programs(1).to(tl.int64) * BLOCK_K
+
+    x_ptrs = x_ptr + rows[:, None] * x_row + ks[None, :] * x_col
+    w_ptrs = weight_ptr + cols[:, None] * w_row + ks[None, :] * w_col
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(part * BLOCK_K, K, tl.num_programs(1) * BLOCK_K):
+        in_k = (ks < K)[None, :] if not EVEN_K else True
+        # zeros past the end of K add nothing; rows and columns past the end are never stored
+        x = tl.load(x_ptrs, mask=(rows < M)[:, None] & in_k, other=0.0)
+        w = tl.load(w_ptrs, mask=(cols < N)[:, None] & in_k, other=0.0)
+        if SWAP:
+            acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+        x_ptrs += step * x_col
+        w_ptrs += step * w_col
+        ks += step
+
+    if SWAP:
+        acc = acc.T
+    if partial_ptr is not None:
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        tl.store(partial_ptr + (part * M + rows)[:, None] * N + cols[None, :], acc, mask=mask)
+    else:
+        epilogue(
+            acc, rows, block_n.to(tl.int64) * BLOCK_N, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+            M, N, a, b, p,
+            ACT, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def linear_persistent(
+    x_desc, weight_desc, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+    M, N, K, a, b, p,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """As many programs as processors, each taking tiles in turn; tiles come through tensor descriptors (TMA)."""
+    n_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+        block_m, block_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            x = x_desc.load([block_m * BLOCK_M, k])
+            w = weight_desc.load([block_n * BLOCK_N, k])
+            acc = tl.dot(x, w.T, acc)
+        rows = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        epilogue(
+            acc, rows, block_n.to(tl.int64) * BLOCK_N, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+            M, N, a, b, p,
+            ACT, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def linear_finish(
+    partial_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+    M, N, n_parts, a, b, p,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add up the partial sums of a product, in a fixed order, and finish it. One program per tile."""
+    n_cols = tl.cdiv(N, BLOCK_N)
+    rows = (tl.program_id(0) // n_cols).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_col = (tl.program_id(0) % n_cols).to(tl.int64) * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+
+    z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for part in range(n_parts):
+        offsets = (tl.cast(part, tl.int64) * M + rows)[:, None] * N + cols[None, :]
+        z += tl.load(partial_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    epilogue(
+        z, rows, first_col, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+        M, N, a, b, p,
+        ACT, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def linear_bwd(
+    dy_ptr, z_ptr, seed_ptr, dz_ptr, dbias_ptr,
+    M, N, a, b, p,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dz = act'(z) dropout(dy). A program takes every P-th row block of one column block and leaves a partial dbias."""
+    first_col = tl.program_id(0).to(tl.int64) * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+
+    dbias = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for first_row in range(part * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
+        rows = tl.cast(first_row, tl.int64) + tl.arange(0, BLOCK_M)
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        offsets = rows[:, None] * N + cols[None, :]
+
+        # dy is 0 past the end, so the sum over rows needs no mask
+        dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if seed_ptr is not None:
+            dz = dropout(dz, seed_ptr, rows[:, None], first_col, p, BLOCK_N)
+        if ACT != "none":
+            z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            dz *= derivative(z, ACT, a, b)
+        tl.store(dz_ptr + offsets, dz, mask=mask)
+        dbias += tl.sum(dz, axis=0)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + part.to(tl.int64) * N + cols, dbias, mask=cols < N)
