@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+
 # Triton reads the same variable, when a kernel is decorated: changing it later has no effect on either.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
@@ -89,11 +91,6 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-@functools.cache
-def have_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def device_types() -> tuple[str, ...]:

@@ -60,7 +60,7 @@ class LibraryOp:
         tensors = [a for a in args if isinstance(a, Tensor)]
         if tensors[0].numel() == 0:
             return Reason.EMPTY
-        if not _launch.have_triton():
+        if not _launch.HAVE_TRITON:
             return Reason.TRITON
         if tensors[0].device.type not in _launch.device_types():
             return Reason.DEVICE

@@ -142,7 +142,7 @@ def _static_reason(tensors: tuple[Tensor, ...]) -> Reason | None:
             return Reason.DTYPE
         if tensor.device.type not in _launch.device_types():
             return Reason.DEVICE
-    return None if _launch.have_triton() else Reason.TRITON
+    return None if _launch.HAVE_TRITON else Reason.TRITON
 
 
 def report(

@@ -1,22 +1,34 @@
 """Measured launch configurations: JSON files, one a GPU, checked key by key. They are data, never code."""
 
+import contextlib
 import functools
 import json
 import os
 import re
+import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ._launch import Config, Device, power_of_2
+from ._route import prefers_torch
 
 SCHEMA = 1
 MAX_BYTES = 4 << 20
 PACKAGED = Path(__file__).parent.parent / "tuned"
 
-# Keys of an entry and what each may be. Blocks are powers of two: Triton takes no others.
+# Keys of an entry and what each may be. Blocks are powers of two, Triton takes no others; flags are 0 or 1.
 _WHOLE = {"num_warps": (1, 32), "num_stages": (1, 8), "splits": (1, 256)}
-_BLOCK = (1, 1 << 20)
+_BLOCK = (0, 1 << 20)
+
+Candidates = Callable[[Any, tuple[int, ...], Device], list[Config]]
+
+# By op, the configurations that a table may name: those that tests prove right. A table can slow an op, not break it.
+CANDIDATES: dict[str, Candidates] = {}
+
+_forced: dict[str, Config] = {}
+_warned: set[Path] = set()
 
 
 def size_class(*sizes: int) -> str:
@@ -24,18 +36,59 @@ def size_class(*sizes: int) -> str:
     return "x".join(str(power_of_2(size)) for size in sizes)
 
 
+def key_of(op: str, dtype: Any, sizes: tuple[int, ...]) -> str:
+    return f"{op}/{str(dtype).removeprefix('torch.')}/{size_class(*sizes)}"
+
+
 def lookup(op: str, dtype: Any, sizes: tuple[int, ...], device: Device) -> Config | None:
     """The measured configuration for these sizes on this GPU, the user's file before the packaged one."""
-    key = f"{op}/{str(dtype).removeprefix('torch.')}/{size_class(*sizes)}"
+    config = _find(op, dtype, sizes, device)
+    if config is not None and config.variant == "torch" and not prefers_torch("torch"):
+        return None
+    return config
+
+
+# Every call of an op asks: the files, and their names, are looked at once for each of the sizes.
+@functools.lru_cache(maxsize=4096)
+def _find(op: str, dtype: Any, sizes: tuple[int, ...], device: Device) -> Config | None:
+    key = key_of(op, dtype, sizes)
+    if key in _forced:
+        return _forced[key]
     for source, path in (("user", user_file(device.name)), ("tuned", packaged_file(device.name))):
         entry = read(path).get(key)
-        if entry is not None:
-            return Config(**{**entry, "source": source})
+        if entry is None:
+            continue
+        config = Config(**{**entry, "source": source})
+        if _is_candidate(config, op, dtype, sizes, device):
+            return config
+        _warn_once(path, f"entry {key!r} is no configuration that this version tests")
     return None
 
 
+def _is_candidate(
+    config: Config, op: str, dtype: Any, sizes: tuple[int, ...], device: Device
+) -> bool:
+    if config.variant == "torch" or op not in CANDIDATES:
+        return True
+    form = lambda c: (c.variant, dict(c.blocks), c.num_warps, c.num_stages)
+    return any(form(config) == form(other) for other in CANDIDATES[op](dtype, sizes, device))
+
+
+@contextlib.contextmanager
+def forced(op: str, dtype: Any, sizes: tuple[int, ...], config: Config) -> Iterator[None]:
+    """Launch `op` with this configuration, in every thread, for sizes of this class."""
+    key = key_of(op, dtype, sizes)
+    _forced[key] = config
+    _find.cache_clear()
+    try:
+        yield
+    finally:
+        _forced.pop(key, None)
+        _find.cache_clear()
+
+
 def packaged_file(gpu: str) -> Path:
-    return PACKAGED / f"{_slug(gpu)}.json"
+    return PACKAGED / f"{slug(gpu)}.json"
 
 
 def user_file(gpu: str) -> Path:
@@ -44,27 +97,46 @@ def user_file(gpu: str) -> Path:
         os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"),
         "fastdl",
     )
-    return Path(base) / f"{_slug(gpu)}.json"
+    return Path(base) / f"{slug(gpu)}.json"
 
 
-def _slug(gpu: str) -> str:
+def slug(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 @functools.cache
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """The entries of a table. A missing file is empty; a damaged one too, with one warning."""
-    if not path.is_file():
-        return {}
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it is larger than {MAX_BYTES} bytes")
-        table = json.loads(path.read_text())
-        check(table)
+        return load(path)["entries"] if path.is_file() else {}
     except (OSError, ValueError) as error:
-        warnings.warn(f"fastdl: ignoring the tuned table {path}: {error}", stacklevel=2)
+        _warn_once(path, str(error))
         return {}
-    return table["entries"]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A whole table; ValueError if it is damaged."""
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    check(table)
+    return table
+
+
+def _warn_once(path: Path, what: str) -> None:
+    if path not in _warned:
+        _warned.add(path)
+        warnings.warn(f"fastdl: ignoring the tuned table {path}: {what}", stacklevel=3)
+
+
+def forget() -> None:
+    """Read the files again when they are next asked for."""
+    read.cache_clear()
+    _find.cache_clear()
+    _warned.clear()
 
 
 def write(
@@ -74,10 +146,16 @@ def write(
     table = {"schema": SCHEMA, "gpu": gpu, "provenance": provenance, "entries": entries}
     check(table)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, path)
-    read.cache_clear()
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    forget()
 
 
 def check(table: Any) -> None:

@@ -1,0 +1,134 @@
+"""What an op declares to be checked: cases, and how their tensors are made."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+Layout = Literal["dense", "transposed", "sliced", "offset", "channels_last", "guarded", "far"]
+
+
+class Maker:
+    """Makes the tensors of a case. The same seed gives the same values in every dtype, device and layout.
+
+    `rounded` is the dtype under test; the tensors hold its values in `dtype`, which is float64 for the truth.
+    """
+
+    def __init__(
+        self,
+        rounded: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
+        *,
+        device: str = "cpu",
+        layout: Layout = "dense",
+        integers: bool = False,
+        grad: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.rounded, self.dtype, self.device = rounded, dtype or rounded, device
+        self.layout, self.integers, self.grad = layout, integers, grad
+        self.generator = torch.Generator().manual_seed(seed)
+        self.leaves: list[Tensor] = []
+        self.guards: list[Tensor] = []
+
+    def __call__(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        """A leaf tensor of scale * normal values + shift, or of small integers."""
+        values = self.values(shape, scale, shift)
+        leaf = self._laid_out(values) if values.numel() else values
+        self.leaves.append(leaf.detach().requires_grad_(self.grad))
+        return self.leaves[-1]
+
+    def values(self, shape: Sequence[int], scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        if self.device == "meta":
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        if self.integers:
+            drawn = torch.randint(-1, 2, tuple(shape), generator=self.generator).float()
+        else:
+            drawn = torch.randn(tuple(shape), generator=self.generator) * scale + shift
+        return drawn.to(self.rounded).to(self.dtype).to(self.device)
+
+    def _laid_out(self, values: Tensor) -> Tensor:
+        shape = values.shape
+        if self.layout == "transposed" and values.dim() > 1:
+            return values.transpose(0, -1).contiguous().transpose(0, -1)
+        if self.layout == "sliced":
+            wide = values.new_full((*shape[:-1], 2 * shape[-1] + 1), float("nan"))
+            return wide[..., 1::2].copy_(values)
+        if self.layout == "offset":
+            return values.new_empty(values.numel() + 1)[1:].view(shape).copy_(values)
+        if self.layout == "channels_last" and values.dim() == 4:
+            return values.contiguous(memory_format=torch.channels_last)
+        if self.layout == "guarded":
+            buffer = values.new_full((values.numel() + 128,), float("nan"))
+            self.guards.append(buffer)
+            return buffer[64:-64].view(shape).copy_(values)
+        if self.layout == "far" and values.dim() > 1 and not self.leaves:
+            # rows 2**31 elements apart; the memory between them is never touched
+            apart = 2**31 // (shape[0] - 1) + 64
+            buffer = values.new_empty(apart * (shape[0] - 1) + values[0].numel())
+            strides = (apart, *values[0].contiguous().stride())
+            return buffer.as_strided(shape, strides).copy_(values)
+        return values
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op. `make(t)` returns it as a partial; `guards` says which mistake it would show."""
+
+    name: str
+    guards: str
+    make: "Callable[[Maker], partial[Any]]"
+    # One of the few on which the slow checks run: compilation, export, transforms, checkpointing ...
+    core: bool = False
+    # Small integers in, exact integers out, forward and backward.
+    exact: bool = False
+    # Written with torch's options alone: its definition must compile back into one fused call.
+    spelled: bool = False
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One row of the benchmark, with the bytes and flops that the forward pass cannot do without."""
+
+    name: str
+    make: "Callable[[Maker], partial[Any]]"
+    bytes: int
+    flops: int
+    dtype: torch.dtype = torch.bfloat16
+    backward: bool = False
+
+
+@dataclass(frozen=True)
+class BadCall:
+    """A call that must fail like torch's, with a sentence that holds all of `says`."""
+
+    name: str
+    call: Callable[[], Any]
+    like: Callable[[], Any]
+    says: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that is checked of one op."""
+
+    name: str
+    cases: Sequence[Case]
+    # Library ops that must stand in compiled graphs, forward and backward.
+    library_ops: tuple[str, str]
+    empty: Sequence[Case] = ()
+    bad_calls: Sequence[BadCall] = ()
+    # (ours, torch's): the signature begins with torch's; more is keyword-only
+    signatures: Sequence[tuple[Callable[..., Any], Callable[..., Any]]] = ()
+    # (ours, torch's) modules in the same state
+    modules: Sequence[Callable[[], tuple[nn.Module, nn.Module, Tensor]]] = ()
+    bench: Sequence[BenchCase] = ()
+
+    @property
+    def core(self) -> list[Case]:
+        return [case for case in self.cases if case.core]

@@ -1,0 +1,104 @@
+"""Running a case, and comparing two runs."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..ops._route import policy
+from .case import Case, Maker
+
+# Our error may be this many times the definition's own, plus FLOOR of the largest value (of 1 at least).
+FORWARD, GRADIENT, FLOOR = 2.0, 3.0, 1e-5
+
+
+@dataclass
+class Run:
+    """Outputs of a case, and the gradients of its leaves."""
+
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+    maker: Maker
+
+
+def floats(result: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def cotangents(maker: Maker, outputs: list[Tensor]) -> list[Tensor]:
+    """Gradients to send back: the same values in every dtype."""
+    twin = Maker(maker.rounded, maker.dtype, device=maker.device, integers=maker.integers, seed=99)
+    return [twin.values(y.shape) for y in outputs]
+
+
+def run(case: Case, maker: Maker, mode: Any, backward: bool = True) -> Run:
+    """Call the case under a policy that forbids falling back, and differentiate it."""
+    with policy(mode, on_fallback="error"):
+        torch.manual_seed(7)  # the seeds of dropout
+        outputs = floats(case.make(maker)())
+        if not (backward and maker.leaves and any(y.requires_grad for y in outputs)):
+            return Run(outputs, [], maker)
+        gradients = torch.autograd.grad(
+            outputs, maker.leaves, cotangents(maker, outputs), allow_unused=True
+        )
+    return Run(outputs, [g for g in gradients if g is not None], maker)
+
+
+@dataclass
+class Error:
+    """The largest deviation from the truth, of ours and of the definition in the same dtype."""
+
+    ours: float = 0.0
+    definition: float = 0.0
+    allowed: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return self.ours <= self.allowed
+
+    def worst(self, other: "Error") -> "Error":
+        key = lambda e: e.ours / e.allowed if e.allowed else math.inf * e.ours if e.ours else 0.0
+        return max(self, other, key=key)
+
+
+def deviation(got: Tensor, truth: Tensor) -> float:
+    """The largest distance; infinite where one has a NaN or another infinity and the other has not."""
+    got = got.to(truth.dtype)
+    if got.shape != truth.shape:
+        return math.inf
+    if not got.numel():
+        return 0.0
+    same = (got == truth) | (got.isnan() & truth.isnan())
+    distance = torch.where(same, 0.0, (got - truth).abs())
+    return float(distance.nan_to_num(math.inf, math.inf).max())
+
+
+def compare(
+    ours: list[Tensor], definition: list[Tensor], truth: list[Tensor], factor: float
+) -> Error:
+    """The worst of several tensors, under the rule."""
+    assert len(ours) == len(definition) == len(truth), "a tensor is missing"
+    worst = Error()
+    for got, low, true in zip(ours, definition, truth, strict=True):
+        assert got.dtype == low.dtype, f"dtype {got.dtype}, torch gives {low.dtype}"
+        assert got.shape == low.shape, f"shape {tuple(got.shape)}, torch gives {tuple(low.shape)}"
+        low_error = deviation(low, true)
+        finite = true[true.isfinite()]
+        size = max(1.0, float(finite.abs().max()) if finite.numel() else 1.0)
+        floor = FLOOR * (size if got.dtype == torch.float32 else 1.0)
+        worst = worst.worst(Error(deviation(got, true), low_error, factor * low_error + floor))
+    return worst
+
+
+def accuracy(case: Case, dtype: torch.dtype, device: str) -> tuple[Error, Error]:
+    """Errors of outputs and of gradients."""
+    ours = run(case, Maker(dtype, device=device), "fused")
+    definition = run(case, Maker(dtype, device=device), "definition")
+    truth = run(case, Maker(dtype, torch.float64, device=device), "definition")
+    return (
+        compare(ours.outputs, definition.outputs, truth.outputs, FORWARD),
+        compare(ours.gradients, definition.gradients, truth.gradients, GRADIENT),
+    )

@@ -1,0 +1,160 @@
+"""`fastdl.check`: the contract on the user's machine, as a table of errors against fp64."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from ..ops import _launch
+from . import SPECS
+from .case import DTYPES, Case, Spec
+from .checks import CHECKS, cases_of
+from .evaluate import Error, accuracy
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass
+class Row:
+    """One op in one dtype: the worst errors over its cases, and what failed."""
+
+    op: str
+    dtype: str
+    cases: int
+    forward: Error
+    gradient: Error
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+
+@dataclass
+class CheckReport:
+    """The accuracy table."""
+
+    device: str
+    interpreted: bool
+    rows: list[Row]
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "ok": self.ok}, indent=1)
+
+    def table(self) -> list[tuple[str, ...]]:
+        head = ("op", "dtype", "cases", "forward", "torch's", "gradient", "torch's", "")
+        return [head] + [
+            (
+                row.op,
+                row.dtype,
+                str(row.cases),
+                *(f"{e:.1e}" for e in (row.forward.ours, row.forward.definition)),
+                *(f"{e:.1e}" for e in (row.gradient.ours, row.gradient.definition)),
+                "ok" if row.ok else f"{len(row.failures)} failed",
+            )
+            for row in self.rows
+        ]
+
+    def __str__(self) -> str:
+        table = self.table()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in table
+        ]
+        where = "Triton's interpreter" if self.interpreted else self.device
+        lines.append(f"Largest errors against float64, ours and torch's in the same dtype, in {where}.")
+        lines += [f"{row.op} {row.dtype}: {failure}" for row in self.rows for failure in row.failures]
+        return "\n".join(lines)
+
+
+def check(
+    ops: Sequence[str] | None = None,
+    device: str | None = None,
+    *,
+    thorough: bool = False,
+    progress: Progress | None = None,
+) -> CheckReport:
+    """Hold ops against their contract: accuracy in each dtype and exact integers; with `thorough`, every check."""
+    device = device or ("cuda" if torch.cuda.is_available() and not _launch.INTERPRETED else "cpu")
+    if device == "cpu" and not _launch.INTERPRETED:
+        raise RuntimeError(
+            "check: kernels run on a GPU, or with TRITON_INTERPRET=1 set before Python starts, on a CPU"
+        )
+    specs = [_spec(op) for op in ops] if ops else list(SPECS.values())
+    todo = [(spec, dtype) for spec in specs for dtype in DTYPES]
+    steps = sum(len(spec.cases) for spec, _ in todo)
+    tick = _Ticker(progress, steps)
+    rows = [_row(spec, dtype, device, tick) for spec, dtype in todo]
+    if thorough:
+        for spec, row in zip(specs, rows[:: len(DTYPES)], strict=True):
+            row.failures += _failures(_other_checks(spec, device), tick)
+    return CheckReport(device, _launch.INTERPRETED, rows)
+
+
+def _spec(op: str) -> Spec:
+    if op not in SPECS:
+        raise ValueError(f"check: no op named {op!r}; there are {', '.join(SPECS)}")
+    return SPECS[op]
+
+
+class _Ticker:
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, what: str) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total, what)
+
+
+def _row(spec: Spec, dtype: torch.dtype, device: str, tick: _Ticker) -> Row:
+    name = str(dtype).removeprefix("torch.")
+    row = Row(spec.name, name, len(spec.cases), Error(), Error())
+    for case in spec.cases:
+        tick(f"{spec.name} {name} {case.name}")
+        try:
+            forward, gradient = accuracy(case, dtype, device)
+            if case.exact:
+                CHECKS["exact"].function(spec, case, device, dtype)
+        except Exception as error:
+            row.failures.append(f"{case.name}: {error}")
+            continue
+        row.forward, row.gradient = row.forward.worst(forward), row.gradient.worst(gradient)
+        for what, found in (("output", forward), ("gradient", gradient)):
+            if not found.ok:
+                row.failures.append(f"{case.name}: {what} off by {found.ours:.2e}, allowed {found.allowed:.2e}")
+    return row
+
+
+Step = tuple[str, Callable[[], None]]
+
+
+def _other_checks(spec: Spec, device: str) -> Iterator[Step]:
+    for check in CHECKS.values():
+        if check.scope == "op":
+            yield check.name, lambda check=check: check.function(spec, device)
+        elif check.name not in ("accurate", "exact"):
+            for case in cases_of(spec, check.scope):
+                for args in ([(dtype,) for dtype in DTYPES] if check.by_dtype else [()]):
+                    yield _step(check.name, case, lambda c=check, k=case, a=args: c.function(spec, k, device, *a))
+
+
+def _step(name: str, case: Case, run: Callable[[], None]) -> Step:
+    return f"{name}, {case.name}", run
+
+
+def _failures(steps: Iterator[Step], tick: _Ticker) -> list[str]:
+    failures = []
+    for name, step in steps:
+        tick(name)
+        try:
+            step()
+        except Exception as error:
+            failures.append(f"{name}: {error}")
+    return failures

@@ -1,0 +1,167 @@
+"""Compile one specialisation for a GPU that is not here, and read the machine code."""
+
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..ops._launch import Kernel
+from .devices import Target
+from .record import Specialisation
+
+
+@dataclass
+class Facts:
+    """What the compiler made of a kernel. `counts` are instructions of the whole program, by class."""
+
+    registers: int = 0
+    spills: int = 0
+    stack: int = 0
+    shared: int = 0
+    threads: int = 0
+    resident: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    # (M, N, K, type) of every product; the type of exact fp32 is "ieee"
+    dots: list[tuple[int, int, int, str]] = field(default_factory=list)
+    error: str = ""
+
+
+class _Driver:
+    """Stands in for the driver of a GPU, so that Triton's own launcher specialises and compiles for it."""
+
+    def __init__(self, target: Target) -> None:
+        device = target.device
+        self.target = GPUTarget(device.backend, device.arch, target.warp_size)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        # a JITFunction keeps one compiler for each of these
+        return f"{self.target.backend}:{self.target.arch}"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def facts(spec: Specialisation, target: Target) -> Facts:
+    driver.set_active(_Driver(target))
+    try:
+        binary = Kernel(spec.kernel).fn.warmup(
+            *map(_mock, spec.args), **dict(spec.constants), grid=(1,),
+            num_warps=spec.num_warps, num_stages=spec.num_stages,
+        )  # fmt: skip
+    except Exception as error:
+        return Facts(error=_sentence(error))
+    found = _read_nvidia(binary) if target.device.backend == "cuda" else _read_amd(binary)
+    found.shared = binary.metadata.shared
+    found.threads = binary.metadata.num_warps * target.warp_size
+    found.resident = target.resident(found.registers, found.shared, binary.metadata.num_warps)
+    found.dots = _dots(binary.asm["ttir"])
+    return found
+
+
+def _sentence(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+
+
+def _mock(arg: str) -> Any:
+    """A value that Triton specialises as it did the one that was described."""
+    if arg in ("1", "none", "float"):
+        return {"1": 1, "none": None, "float": 0.5}[arg]
+    kind, _, rest = arg.partition(" ")
+    if kind in ("i32", "i64"):
+        return (16 if kind == "i32" else 2**33) + (not rest)
+    if "x" in rest:
+        block = [int(size) for size in rest.split("x")]
+        return TensorDescriptor.from_tensor(_empty(kind, *block), block)
+    return _empty(kind, 32)[0 if rest else 1 :]
+
+
+def _empty(dtype: str, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def _dots(ttir: str) -> list[tuple[int, int, int, str]]:
+    pattern = r"tt\.dot (.*?): tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x"
+    found = []
+    for options, m, k, dtype, n in re.findall(pattern, ttir):
+        exact = dtype == "f32" and "tf32" not in options
+        found.append((int(m), int(n), int(k), "ieee" if exact else dtype))
+    return found
+
+
+def _count(code: str, classes: dict[str, str]) -> dict[str, int]:
+    operations = re.findall(r"^\s*(\S+)", code, re.MULTILINE)
+    counts = {
+        name: sum(bool(re.match(pattern, operation)) for operation in operations)
+        for name, pattern in classes.items()
+    }
+    return {**counts, "instructions": len(operations)}
+
+
+_NVIDIA = {
+    "wgmma": r"[HIQ]GMMA",
+    "mma": r"[HI]MMA",
+    "tcgen05": r"UTC\w*MMA",
+    "tma": r"UTMALDG",
+    "async16": r"LDGSTS\.E\.(\w+\.)*128",
+    "loads": r"LDG\.|LDGSTS",
+    "loads16": r"LDG\.E\.(\w+\.)*128",
+    "stores": r"STG\.",
+    "stores16": r"STG\.E\.(\w+\.)*128",
+    "spills": r"LDL|STL",
+}
+
+
+def _read_nvidia(binary: Any) -> Facts:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        sass = _cuobjdump("-sass", file.name)
+    line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
+    counts = _count("\n".join(re.findall(line, sass, re.MULTILINE)), _NVIDIA)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    return Facts(registers, counts.pop("spills"), stack, counts=counts)
+
+
+@functools.cache
+def _tool() -> str:
+    """The disassembler that comes with Triton."""
+    return os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+
+
+def _cuobjdump(*args: str) -> str:
+    return subprocess.run([_tool(), *args], capture_output=True, text=True, check=True).stdout
+
+
+_AMD = {
+    "mfma": r"v_mfma|v_smfmac",
+    "loads": r"(global|buffer)_load",
+    "loads16": r"(global|buffer)_load_dwordx4",
+    "stores": r"(global|buffer)_store",
+    "stores16": r"(global|buffer)_store_dwordx4",
+}
+
+
+def _read_amd(binary: Any) -> Facts:
+    code = binary.asm["amdgcn"]
+
+    def noted(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", code).group(1))  # type: ignore[union-attr]
+
+    instructions = "\n".join(re.findall(r"^\t([a-z]\w+)", code, re.MULTILINE))
+    spills = noted("vgpr_spill_count") + noted("sgpr_spill_count")
+    stack = noted("private_segment_fixed_size")
+    return Facts(noted("vgpr_count"), spills, stack, counts=_count(instructions, _AMD))

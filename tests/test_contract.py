@@ -1,0 +1,24 @@
+"""Every check of the contract, on every op."""
+
+import pytest
+import torch
+
+from fastdl.contract import DTYPES, SPECS
+from fastdl.contract.checks import CHECKS, cases_of
+
+
+def params():
+    for check in CHECKS.values():
+        marks = [pytest.mark.slow] if check.slow else []
+        for spec in SPECS.values():
+            for case in cases_of(spec, check.scope) if check.scope != "op" else [None]:
+                for dtype in DTYPES if check.by_dtype else [None]:
+                    words = [spec.name, check.name, case and case.name, dtype and str(dtype)[6:]]
+                    yield pytest.param(
+                        check, spec, case, dtype, id="-".join(filter(None, words)), marks=marks
+                    )
+
+
+@pytest.mark.parametrize(("check", "spec", "case", "dtype"), params())
+def test_contract(check, spec, case, dtype, device):
+    check.function(*filter(lambda a: a is not None, (spec, case, device, dtype)))
