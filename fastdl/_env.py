@@ -22,7 +22,7 @@ DIST = "fastdl-kernels"
 
 @dataclass(frozen=True)
 class Environment:
-    """Printable; `to_json` gives the same as JSON. `better_ptxas` is one that Triton could use instead."""
+    """Printable, also as JSON. `better_ptxas` is one that Triton could use instead."""
 
     versions: dict[str, str | None]
     devices: list[dict[str, Any]]
@@ -43,7 +43,8 @@ class Environment:
         lines.append(f"{'interpreter':12} {'on' if self.interpreted else 'off'}")
         lines.append(f"{'ptxas':12} {self.ptxas or 'not here'}")
         for gpu, files in self.tuned.items():
-            lines += [f"{'tuned':12} {gpu}: {file}" for file in files or ["no table, rules by shape"]]
+            files = files or ["no table, rules by shape"]
+            lines += [f"{'tuned':12} {gpu}: {file}" for file in files]
         lines += [f"{'problem':12} {problem}" for problem in self.problems]
         return "\n".join(lines)
 
@@ -114,8 +115,8 @@ def _problems(devices: list[_launch.Device]) -> Iterator[str]:
         yield "Triton is not installed: every op runs in torch"
     if any(_toolchain.miscompiles_register_a(device) for device in devices):
         yield (
-            f"ptxas {_toolchain.ptxas_in_use()} can miscompile products with an operand in registers "
-            f"on sm_90; ops that need them run in torch: {_toolchain.HOW_TO_FIX}"
+            f"ptxas {_toolchain.ptxas_in_use()} can miscompile products with an operand in "
+            f"registers on sm_90; ops that need them run in torch: {_toolchain.HOW_TO_FIX}"
         )
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     if cache.is_dir() and cache.stat().st_mode & stat.S_IWOTH:

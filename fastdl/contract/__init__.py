@@ -1,7 +1,13 @@
 """What every op must survive: its cases, and the checks that run on all of them."""
 
 from . import activation, layernorm, linear
-from .case import DTYPES as DTYPES, BenchCase as BenchCase, Case as Case, Maker as Maker, Spec as Spec
+from .case import (
+    DTYPES as DTYPES,
+    BenchCase as BenchCase,
+    Case as Case,
+    Maker as Maker,
+    Spec as Spec,
+)
 
 SPECS: dict[str, Spec] = {
     spec.name: spec for spec in (linear.SPEC, activation.SPEC, layernorm.SPEC)

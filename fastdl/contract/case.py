@@ -56,7 +56,7 @@ class Maker:
         shape = values.shape
         if self.layout == "transposed" and values.dim() > 1:
             return values.transpose(0, -1).contiguous().transpose(0, -1)
-        if self.layout == "sliced":
+        if self.layout == "sliced" and values.dim():
             wide = values.new_full((*shape[:-1], 2 * shape[-1] + 1), float("nan"))
             return wide[..., 1::2].copy_(values)
         if self.layout == "offset":

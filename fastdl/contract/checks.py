@@ -116,7 +116,9 @@ def channels_last(spec: Spec, case: Case, device: str) -> None:
     _in_layout("channels_last", case, device)
     ours = run(case, Maker(device=device, layout="channels_last"), "fused", backward=False)
     torchs = run(case, Maker(device=device, layout="channels_last"), "definition", backward=False)
-    if spec.name == "activation" and not any(y.isnan().any() or (y == 0).any() for y in ours.outputs):
+    if spec.name == "activation" and not any(
+        y.isnan().any() or (y == 0).any() for y in ours.outputs
+    ):
         assert [y.stride() for y in ours.outputs] == [y.stride() for y in torchs.outputs]
 
 
@@ -157,19 +159,29 @@ def second_derivative(spec: Spec, case: Case, device: str) -> None:
             outputs = floats(case.make(maker)())
             backs = [c.requires_grad_() for c in cotangents(maker, outputs)]
             leaves = [*maker.leaves, *backs]
-            first = torch.autograd.grad(outputs, maker.leaves, backs, create_graph=True, allow_unused=True)
+            first = torch.autograd.grad(
+                outputs, maker.leaves, backs, create_graph=True, allow_unused=True
+            )
             first = [g for g in first if g is not None and g.requires_grad]
             if not first:
                 return []
             return list(
                 torch.autograd.grad(
-                    first, leaves, cotangents(maker, first), allow_unused=True, materialize_grads=True
+                    first,
+                    leaves,
+                    cotangents(maker, first),
+                    allow_unused=True,
+                    materialize_grads=True,
                 )
             )
 
     ours, definition, truth = (
         differentiate(mode, dtype)
-        for mode, dtype in (("fused", torch.float32), ("definition", torch.float32), ("definition", torch.float64))
+        for mode, dtype in (
+            ("fused", torch.float32),
+            ("definition", torch.float32),
+            ("definition", torch.float64),
+        )
     )
     error = compare(ours, definition, truth, GRADIENT)
     assert error.ok, f"our error is {error.ours:.2e}, allowed is {error.allowed:.2e}"
@@ -257,12 +269,11 @@ def transforms(spec: Spec, case: Case, device: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-class _Replay(Maker):
-    """A maker that hands out given tensors, so that a case becomes a function of its leaves."""
+class _Replay:
+    """Stands for a maker and hands out given tensors, so that a case becomes a function of its leaves."""
 
     def __init__(self, tensors: tuple[Tensor, ...], device: str) -> None:
-        super().__init__(device=device)
-        self.given = list(tensors)
+        self.given, self.device, self.dtype = list(tensors), device, torch.float32
 
     def __call__(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         return self.given.pop(0)
@@ -299,7 +310,9 @@ def compiled(spec: Spec, case: Case, device: str) -> None:
 
     eager = run(case, Maker(device=device), "fused")
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    got = _run_compiled(case, device, functools.partial(torch.compile, backend=backend, dynamic=True))
+    got = _run_compiled(
+        case, device, functools.partial(torch.compile, backend=backend, dynamic=True)
+    )
     _close(got, eager, case)
     missing = set(spec.library_ops) - _graph_ops(graphs)
     assert not missing, f"not in the compiled graphs: {', '.join(missing)}"
@@ -380,7 +393,9 @@ def opcheck(spec: Spec, case: Case, device: str) -> None:
     calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if func.namespace == "fastdl":
                 calls.append((func, args))
             return func(*args, **(kwargs or {}))

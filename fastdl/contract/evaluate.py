@@ -25,7 +25,9 @@ class Run:
 
 
 def floats(result: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [
+        t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()
+    ]
 
 
 def cotangents(maker: Maker, outputs: list[Tensor]) -> list[Tensor]:

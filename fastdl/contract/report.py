@@ -68,8 +68,12 @@ class CheckReport:
             for line in table
         ]
         where = "Triton's interpreter" if self.interpreted else self.device
-        lines.append(f"Largest errors against float64, ours and torch's in the same dtype, in {where}.")
-        lines += [f"{row.op} {row.dtype}: {failure}" for row in self.rows for failure in row.failures]
+        lines.append(
+            f"Largest errors against float64, ours and torch's in the same dtype, in {where}."
+        )
+        lines += [
+            f"{row.op} {row.dtype}: {failure}" for row in self.rows for failure in row.failures
+        ]
         return "\n".join(lines)
 
 
@@ -128,7 +132,9 @@ def _row(spec: Spec, dtype: torch.dtype, device: str, tick: _Ticker) -> Row:
         row.forward, row.gradient = row.forward.worst(forward), row.gradient.worst(gradient)
         for what, found in (("output", forward), ("gradient", gradient)):
             if not found.ok:
-                row.failures.append(f"{case.name}: {what} off by {found.ours:.2e}, allowed {found.allowed:.2e}")
+                row.failures.append(
+                    f"{case.name}: {what} off by {found.ours:.2e}, allowed {found.allowed:.2e}"
+                )
     return row
 
 
@@ -141,8 +147,12 @@ def _other_checks(spec: Spec, device: str) -> Iterator[Step]:
             yield check.name, lambda check=check: check.function(spec, device)
         elif check.name not in ("accurate", "exact"):
             for case in cases_of(spec, check.scope):
-                for args in ([(dtype,) for dtype in DTYPES] if check.by_dtype else [()]):
-                    yield _step(check.name, case, lambda c=check, k=case, a=args: c.function(spec, k, device, *a))
+                for args in [(dtype,) for dtype in DTYPES] if check.by_dtype else [()]:
+                    yield _step(
+                        check.name,
+                        case,
+                        lambda c=check, k=case, a=args: c.function(spec, k, device, *a),
+                    )
 
 
 def _step(name: str, case: Case, run: Callable[[], None]) -> Step:

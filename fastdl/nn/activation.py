@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops.activation import BY_MODULE
 
 
 class GELU(nn.GELU):
@@ -98,3 +99,13 @@ class LogSigmoid(nn.LogSigmoid):
 class Tanhshrink(nn.Tanhshrink):
     def forward(self, input: Tensor) -> Tensor:
         return F.tanhshrink(input)
+
+
+# `FF.linear(x, w, activation=module)` takes ours as it takes torch's.
+BY_MODULE.update(
+    {
+        cls: BY_MODULE[cls.__base__]
+        for cls in list(globals().values())
+        if isinstance(cls, type) and cls.__base__ in BY_MODULE
+    }
+)

@@ -81,7 +81,6 @@ class _State(threading.local):
 
 
 _state = _State()
-_interpreter_lock = threading.Lock()
 
 
 def cdiv(a: int, b: int) -> int:
@@ -155,8 +154,10 @@ def launch(
         if recorder.device is not None:
             return
     if INTERPRETED:
-        with _interpreter_lock:
-            _patch_interpreter()
+        from ._interpreter import lock, patch
+
+        with lock:
+            patch()
             kernel.fn[grid](*args, **constants, **config.blocks)
         return
     device = next(a.device.index for a in args if isinstance(a, Tensor))
@@ -200,30 +201,3 @@ def _specialisation(arg: Any) -> Any:
     if isinstance(arg, float) or arg is None:
         return type(arg)
     return arg.base.dtype, tuple(arg.block_shape)  # a tensor descriptor
-
-
-@functools.cache
-def _patch_interpreter() -> None:
-    """Triton's interpreter multiplies the bit patterns of bf16 in `tl.dot`: give it fp32 of the same values."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    dot, patch_tensor = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
-
-    def widen(handle: Any) -> Any:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        bits = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, max_imprecise: Any) -> Any:
-        return dot(self, widen(a), widen(b), d, precision, max_imprecise)
-
-    def patched_tensor(tensor: Any, *args: Any, **kwargs: Any) -> None:
-        patch_tensor(tensor, *args, **kwargs)
-        # A range with a tensor as bound: numpy >= 2.4 refuses what Triton 3.6 does for it.
-        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
-    interpreter._patch_lang_tensor = patched_tensor

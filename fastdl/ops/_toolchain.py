@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ._launch import Device
 
-# Older ones reuse the registers of a wgmma's operand A before the asynchronous product has read them.
+# Older ones may reuse the registers of a wgmma's operand A before the product has read them.
 FIRST_GOOD = (13, 1, 80)
 
 HOW_TO_FIX = (
@@ -46,7 +46,7 @@ def ptxas_at(path: str) -> Ptxas | None:
 
 
 def ptxas_in_use(arch: int = 90) -> Ptxas | None:
-    """The one that Triton runs for this architecture: from the environment, else the one it brings."""
+    """The one that Triton runs for this architecture: the user's, else the one it brings."""
     name = "ptxas-blackwell" if arch >= 100 else "ptxas"
     from_user = os.environ.get(f"TRITON_{name.upper().replace('-', '_')}_PATH")
     for path in (from_user, *map(str, _brought_by_triton(name))):

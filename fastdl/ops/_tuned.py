@@ -1,4 +1,4 @@
-"""Measured launch configurations: JSON files, one a GPU, checked key by key. They are data, never code."""
+"""Measured launch configurations: one JSON file a GPU, checked key by key. Data, never code."""
 
 import contextlib
 import functools
@@ -8,6 +8,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ SCHEMA = 1
 MAX_BYTES = 4 << 20
 PACKAGED = Path(__file__).parent.parent / "tuned"
 
-# Keys of an entry and what each may be. Blocks are powers of two, Triton takes no others; flags are 0 or 1.
+# Keys of an entry and what each may be. Blocks are powers of two, flags among them 0 or 1.
 _WHOLE = {"num_warps": (1, 32), "num_stages": (1, 8), "splits": (1, 256)}
 _BLOCK = (0, 1 << 20)
 
 Candidates = Callable[[Any, tuple[int, ...], Device], list[Config]]
 
-# By op, the configurations that a table may name: those that tests prove right. A table can slow an op, not break it.
+# By op, what a table may name: configurations that are tested, so that no table can break an op.
 CANDIDATES: dict[str, Candidates] = {}
 
 _forced: dict[str, Config] = {}
@@ -41,7 +42,7 @@ def key_of(op: str, dtype: Any, sizes: tuple[int, ...]) -> str:
 
 
 def lookup(op: str, dtype: Any, sizes: tuple[int, ...], device: Device) -> Config | None:
-    """The measured configuration for these sizes on this GPU, the user's file before the packaged one."""
+    """The measured configuration for these sizes on this GPU: the user's, else the packaged one."""
     config = _find(op, dtype, sizes, device)
     if config is not None and config.variant == "torch" and not prefers_torch("torch"):
         return None
@@ -70,8 +71,10 @@ def _is_candidate(
 ) -> bool:
     if config.variant == "torch" or op not in CANDIDATES:
         return True
-    form = lambda c: (c.variant, dict(c.blocks), c.num_warps, c.num_stages)
-    return any(form(config) == form(other) for other in CANDIDATES[op](dtype, sizes, device))
+    return any(
+        replace(config, splits=other.splits, source=other.source) == other
+        for other in CANDIDATES[op](dtype, sizes, device)
+    )
 
 
 @contextlib.contextmanager

@@ -73,7 +73,12 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "softsign": Activation(lambda x, a, b: F.softsign(x), nn.Softsign),
     "hardswish": Activation(lambda x, a, b: F.hardswish(x), nn.Hardswish),
-    "hardsigmoid": Activation(lambda x, a, b: F.hardsigmoid(x), nn.Hardsigmoid),
+    "hardsigmoid": Activation(
+        # F.hardsigmoid has no second derivative
+        lambda x, a, b: F.relu6(x + 3) / 6,
+        nn.Hardsigmoid,
+        spellings=(F.hardsigmoid,),
+    ),
     "hardtanh": Activation(
         lambda x, a, b: F.hardtanh(x, a, b),
         nn.Hardtanh,
@@ -91,7 +96,11 @@ ALIASES = {None: ("none", 0.0, 0.0), "relu6": ("hardtanh", 0.0, 6.0)}
 Lowered = tuple[str, float, float]
 Activations = str | nn.Module | tuple[Any, ...] | None
 
-_BY_MODULE = {entry.module: name for name, entry in ACTIVATIONS.items() if entry.module}
+# Exact classes: a derived one may do anything. fastdl.nn adds its own.
+BY_MODULE: dict[type, str] = {
+    nn.ReLU6: "relu6",
+    **{entry.module: name for name, entry in ACTIVATIONS.items() if entry.module},
+}
 
 
 def lower(op: str, activation: Activations) -> tuple[Lowered, nn.Module | None]:
@@ -115,11 +124,11 @@ def lower(op: str, activation: Activations) -> tuple[Lowered, nn.Module | None]:
 
 
 def _lower_module(module: nn.Module) -> tuple[Lowered, nn.Module | None]:
-    if type(module) is nn.ReLU6:
-        return ALIASES["relu6"], None
-    name = _BY_MODULE.get(type(module))
+    name = BY_MODULE.get(type(module))
     if name is None or has_hooks(module):
         return ("none", 0.0, 0.0), module
+    if name in ALIASES:
+        return ALIASES[name], None
     if isinstance(module, nn.GELU) and module.approximate == "tanh":
         name = "gelu_tanh"
     entry = ACTIVATIONS[name]

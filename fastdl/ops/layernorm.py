@@ -34,6 +34,8 @@ def definition(
 ) -> Any:  # fmt: skip
     """norm(h) (1 + scale) + shift of h = x + residual, over the last `dims` dimensions; with a residual, h too."""
     h = x if residual is None else x + residual
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # torch cannot differentiate a bias alone twice
     wide = h.dtype if weight is None else torch.promote_types(h.dtype, weight.dtype)
     y = F.layer_norm(h.to(wide), h.shape[h.dim() - dims :], weight, bias, eps).to(h.dtype)
     if scale is not None:

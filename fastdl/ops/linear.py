@@ -59,6 +59,10 @@ def _rows(x: Tensor) -> int:
     return x.shape[:-1].numel()
 
 
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(_rows(x), x.shape[-1])
+
+
 def choose(M: int, N: int, K: int, dtype: torch.dtype, device: Device, tma: bool) -> Config:
     """The launch configuration: a measured one, else by rule."""
     tuned = _tuned.lookup("linear", dtype, (M, N, K), device)
@@ -149,7 +153,7 @@ def _forward(
     name: str, a: float, b: float, p: float, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y, z = _like(x, weight, bias, residual, seed, name, a, b, p, keep)
-    x = x.reshape(-1, x.shape[-1])
+    x = _matrix(x)
     (M, K), N = x.shape, weight.shape[0]
     config = choose(M, N, K, x.dtype, device_of(x), _fits_tma(x, weight))
     bias = None if bias is None else bias.contiguous()
@@ -249,7 +253,7 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, seed: Tensor | None,
     name: str, a: float, b: float, p: float, needs: list[bool],
 ) -> Gradients:  # fmt: skip
-    x2, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, weight.shape[0])
+    x2, dy = _matrix(x), _matrix(dy)
     if name == "none" and seed is None:
         dz, dbias = dy, dy.sum(0) if needs[2] else None
     else:
@@ -317,7 +321,9 @@ class LinearFunction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         if x is None:
             x = weight.new_zeros(()).expand(ctx.shape)
-        if differentiating():
+        if not any(needs):
+            grads: Any = (None, None, None)
+        elif differentiating():
             args = (x, weight, bias, None, seed, *ctx.options)
             grads = second_derivative("linear", definition, args, dy, needs)[:3]
         else:

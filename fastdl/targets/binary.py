@@ -152,6 +152,8 @@ _AMD = {
     "loads16": r"(global|buffer)_load_dwordx4",
     "stores": r"(global|buffer)_store",
     "stores16": r"(global|buffer)_store_dwordx4",
+    # what LLVM counts as spilled may have gone to the accumulation registers, which costs little
+    "spills": r"scratch_(load|store)",
 }
 
 
@@ -162,6 +164,6 @@ def _read_amd(binary: Any) -> Facts:
         return int(re.search(rf"\.{name}:\s*(\d+)", code).group(1))  # type: ignore[union-attr]
 
     instructions = "\n".join(re.findall(r"^\t([a-z]\w+)", code, re.MULTILINE))
-    spills = noted("vgpr_spill_count") + noted("sgpr_spill_count")
+    counts = _count(instructions, _AMD)
     stack = noted("private_segment_fixed_size")
-    return Facts(noted("vgpr_count"), spills, stack, counts=_count(instructions, _AMD))
+    return Facts(noted("vgpr_count"), counts.pop("spills"), stack, counts=counts)

@@ -1,19 +1,38 @@
-"""Measured launch configurations: where the tables are, how they are read and written, and `fastdl.tune`."""
+"""Measured launch configurations: where the tables are, how they are read and written."""
 
-from ..ops._launch import Config as Config, Device as Device
+from ..ops._launch import Config, Device
 from ..ops._tuned import (
-    CANDIDATES as CANDIDATES,
-    MAX_BYTES as MAX_BYTES,
-    SCHEMA as SCHEMA,
-    check as check,
-    forced as forced,
-    forget as forget,
-    key_of as key_of,
-    load as load,
-    lookup as lookup,
-    packaged_file as packaged_file,
-    read as read,
-    slug as slug,
-    user_file as user_file,
-    write as write,
+    CANDIDATES,
+    MAX_BYTES,
+    SCHEMA,
+    check,
+    forced,
+    forget,
+    key_of,
+    load,
+    lookup,
+    packaged_file,
+    read,
+    slug,
+    user_file,
+    write,
 )
+
+__all__ = [
+    "CANDIDATES",
+    "MAX_BYTES",
+    "SCHEMA",
+    "Config",
+    "Device",
+    "check",
+    "forced",
+    "forget",
+    "key_of",
+    "load",
+    "lookup",
+    "packaged_file",
+    "read",
+    "slug",
+    "user_file",
+    "write",
+]

@@ -1,0 +1,225 @@
+"""Runs of copies of a model that leave no trace, among them the run in float64 that judges the others."""
+
+import contextlib
+import copy
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_map
+
+_WIDER = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+}
+
+_CASTS = {
+    Tensor.float: Tensor.double,
+    Tensor.half: Tensor.double,
+    Tensor.bfloat16: Tensor.double,
+    Tensor.cfloat: Tensor.cdouble,
+}
+
+
+class Run(NamedTuple):
+    """What one run of a model gave, by name. A gradient is None where autograd found no path."""
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor | None]
+
+
+class Float64(TorchFunctionMode):
+    """Turns every cast to a narrower float into one to float64, and notes the first function that gives one anyway."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow: str | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        func = _CASTS.get(func, func)
+        args, kwargs = tree_map(_widened_dtype, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        if self.narrow is None:
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            if any(isinstance(r, Tensor) and r.dtype in _WIDER for r in results):
+                self.narrow = resolve_name(func) or getattr(func, "__name__", str(func))
+        return result
+
+
+def _widened_dtype(value: Any) -> Any:
+    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+_DROPOUTS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout,
+}  # fmt: skip
+
+
+class NoDropout(TorchFunctionMode):
+    """Calls torch's functional dropouts with p = 0."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            kwargs["dropout_p"] = 0.0
+            args = (*args[:4], *(() if len(args) < 5 else (kwargs.pop("dropout_p"), *args[5:])))
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def no_trace() -> Iterator[None]:
+    """Restores random number generators and the default dtype, and turns gradients on inside."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    dtype, state = torch.get_default_dtype(), random.getstate()
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        random.setstate(state)
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy without gradients. Tensors that a hook has computed, such as a pruned weight, are detached."""
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise RuntimeError(
+            f"fastdl compares copies of a model, and {type(model).__name__} cannot be copied: {error}"
+        ) from error
+    twin.zero_grad(set_to_none=True)
+    return twin
+
+
+def widen(model: nn.Module) -> None:
+    """Put a model into float64, with the tensors that are plain attributes of its modules."""
+    model.double()
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor) and value.dtype in _WIDER:
+                setattr(module, name, value.to(_WIDER[value.dtype]))
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout rate of a model to 0: torch's dropout modules, and floats that are named after one."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    loss: Callable[[Any], Tensor] | None,
+    wide: bool = False,
+) -> Run:
+    """One forward and one backward pass, from the same seed each time. Backward starts at `loss` or at fixed signs."""
+    leaves: dict[str, Tensor] = {}
+    args, kwargs = _fresh((args, kwargs), leaves, wide)
+    random.seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
+    output = model(*args, **kwargs)
+    outputs = dict(tensors_in(output, "output"))
+    if not outputs:
+        raise ValueError(f"verify: no tensor in what the model returns, a {type(output).__name__}")
+    _backward(output, outputs, loss)
+    gradients = {
+        plain_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad
+    }
+    gradients |= {name: leaf.grad for name, leaf in leaves.items()}
+    buffers = {f"buffer {plain_name(name)}": b for name, b in model.named_buffers()}
+    return Run({name: t.detach() for name, t in (outputs | buffers).items()}, gradients)
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the wrapper of torch.compile."""
+    return name.replace("_orig_mod.", "")
+
+
+def _fresh(inputs: tuple[Any, Any], leaves: dict[str, Tensor], wide: bool) -> Any:
+    """Inputs of their own for a run. Gradients of floats gather in `leaves`."""
+    seen: dict[int, Tensor] = {}
+
+    def fresh(path: Any, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)
+        if id(value) not in seen:
+            leaf = value.detach().clone()
+            if wide and leaf.dtype in _WIDER:
+                leaf = leaf.to(_WIDER[leaf.dtype])
+            if leaf.is_floating_point() or leaf.is_complex():
+                leaves[f"input {_label(path)}"] = leaf.requires_grad_()
+                leaf = leaf.clone()  # a model may write into what it is given, but not into a leaf
+            seen[id(value)] = leaf
+        return seen[id(value)]
+
+    return torch.utils._pytree.tree_map_with_path(fresh, inputs)
+
+
+def _label(path: Any) -> str:
+    """[0] for the first positional argument, x for the keyword x, with what lies inside behind it."""
+    first, *rest = path[1:]
+    name = str(first) if path[0].idx == 0 else str(first.key)
+    return name + "".join(map(str, rest))
+
+
+def tensors_in(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in an output, by where it is."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors_in(item, f"{path}[{key!r}]")
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from tensors_in(item, f"{path}[{index}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name), f"{path}.{field.name}")
+
+
+def _backward(
+    output: Any, outputs: dict[str, Tensor], loss: Callable[[Any], Tensor] | None
+) -> None:
+    if loss is not None:
+        loss(output).backward()
+        return
+    roots = [t for t in outputs.values() if t.requires_grad]
+    if roots:
+        # the gradient of the outputs' sum with random signs, which are exact in every dtype
+        torch.autograd.backward(roots, [signs(t, i) for i, t in enumerate(roots)])
+
+
+def signs(like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, 2, like.shape, generator=generator) * 2 - 1
+    return drawn.to(like.device, like.dtype)

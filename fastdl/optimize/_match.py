@@ -1,0 +1,143 @@
+"""Finding a spelling in a graph."""
+
+import functools
+import inspect
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import fx
+from torch.fx import Node
+from torch.fx.proxy import GraphAppendingTracer
+
+from ..ops._op import SPELLINGS, Spelling
+from ._normalize import Call, Calls
+
+_COMMUTATIVE = frozenset({"add", "mul"})
+_MISSING = object()
+
+
+class Pattern:
+    """A spelling as a graph. Parameters that have a default keep it; the others match anything."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        graph = fx.Graph()
+        tracer = GraphAppendingTracer(graph)
+        self.parameters = {
+            name: graph.placeholder(name)
+            for name, parameter in inspect.signature(spelling.pattern).parameters.items()
+            if parameter.default is inspect.Parameter.empty
+        }
+        result = spelling.pattern(*(fx.Proxy(n, tracer) for n in self.parameters.values()))
+        self.outputs = [p.node for p in (result if isinstance(result, tuple) else (result,))]
+        self.root = self.outputs[0]
+        self.spelling = spelling
+        self.ops = [n for n in graph.nodes if n.op != "placeholder"]
+        self.calls = Calls()
+
+    @property
+    def op(self) -> str:
+        return self._call(self.root).op
+
+    def _call(self, node: Node) -> Call:
+        call = self.calls[node]
+        assert call is not None, f"{node.format_node()} is not a function of torch"
+        return call
+
+    def __str__(self) -> str:
+        return " -> ".join(self._call(n).op for n in self.ops)
+
+
+class Match:
+    """Where a pattern was found: for each of its nodes, what stands for it in the graph."""
+
+    def __init__(self, pattern: Pattern, found: dict[Node, Any]) -> None:
+        self.pattern = pattern
+        self.nodes: list[Node] = [found[n] for n in pattern.ops]
+        self.outputs: list[Node] = [found[n] for n in pattern.outputs]
+        self.bindings = {name: found.get(n) for name, n in pattern.parameters.items()}
+
+    def call(self) -> "partial[Any]":
+        """The public op that computes the same."""
+        return self.pattern.spelling.call(**self.bindings)
+
+
+_pattern = functools.cache(Pattern)
+
+
+def patterns_by_op() -> dict[str, list[Pattern]]:
+    """All spellings by the function that comes last, large ones first."""
+    table: dict[str, list[Pattern]] = {}
+    for pattern in map(_pattern, SPELLINGS):
+        table.setdefault(pattern.op, []).append(pattern)
+    for patterns in table.values():
+        patterns.sort(key=lambda p: -len(p.ops))
+    return table
+
+
+def matches(pattern: Pattern, root: Node, calls: Calls) -> Iterator[Match]:
+    """Every way in which the pattern matches with its last node at `root`."""
+    for found in _match(pattern.root, root, {}, (pattern.calls, calls)):
+        yield Match(pattern, found)
+
+
+Found = dict[Node, Any]
+
+
+def _match(wanted: Any, given: Any, found: Found, calls: tuple[Calls, Calls]) -> Iterator[Found]:
+    if not isinstance(wanted, Node):
+        if same(wanted, given):
+            yield found
+    elif wanted in found:
+        if same(found[wanted], given):
+            yield found
+    elif wanted.op == "placeholder":
+        yield {**found, wanted: given}
+    elif isinstance(given, Node):
+        ours, theirs = calls[0][wanted], calls[1][given]
+        if ours is not None and theirs is not None and ours.op == theirs.op:
+            for pairs in _pairings(ours, theirs):
+                yield from _match_all(pairs, {**found, wanted: given}, calls)
+
+
+def _match_all(
+    pairs: list[tuple[Any, Any]], found: Found, calls: tuple[Calls, Calls]
+) -> Iterator[Found]:
+    if not pairs:
+        yield found
+        return
+    (wanted, given), *others = pairs
+    for extended in _match(wanted, given, found, calls):
+        yield from _match_all(others, extended, calls)
+
+
+def _pairings(ours: Call, theirs: Call) -> Iterator[list[tuple[Any, Any]]]:
+    """The arguments of both calls side by side. One that only one of them knows must have its default."""
+    pairs = {}
+    for name in ours.arguments | theirs.arguments:
+        wanted = ours.arguments.get(name, _MISSING)
+        given = theirs.arguments.get(name, _MISSING)
+        if wanted is _MISSING and not same(given, theirs.defaults.get(name, _MISSING)):
+            return
+        if given is _MISSING and not same(wanted, ours.defaults.get(name, _MISSING)):
+            return
+        if wanted is not _MISSING and given is not _MISSING:
+            pairs[name] = (wanted, given)
+    yield list(pairs.values())
+    if ours.op in _COMMUTATIVE and {"input", "other"} <= pairs.keys():
+        (a, x), (b, y) = pairs["input"], pairs["other"]
+        yield list({**pairs, "input": (a, y), "other": (b, x)}.values())
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two arguments are the same node or equal constants; a dimension equals a list of it."""
+    if isinstance(a, Node) or isinstance(b, Node) or isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, (list, tuple)) or isinstance(b, (list, tuple)):
+        a, b = (x if isinstance(x, (list, tuple)) else (x,) for x in (a, b))
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        # people write sqrt(2 / pi) with ten digits
+        return math.isclose(a, b, rel_tol=1e-9)
+    return type(a) is type(b) and bool(a == b)

@@ -1,0 +1,185 @@
+"""One form for the many ways to call a torch function: x + y, x.add(y), torch.add(x, y) and x += y are all "add"."""
+
+import functools
+import inspect
+import operator
+import types
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
+from torch.fx.operator_schemas import get_signature_for_torch_op
+
+# Elsewhere in torch the same name may mean something else.
+_MODULES = frozenset({"torch", "torch.functional", "torch.nn.functional", "torch._C", "torch._C._nn"})
+
+_SAME = {
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+}
+
+# Functions that are another one with an argument fixed.
+_FIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "square": ("pow", {"exponent": 2}),
+    "relu6": ("hardtanh", {"min_val": 0.0, "max_val": 6.0}),
+    "float": ("to", {"dtype": torch.float32}),
+    "double": ("to", {"dtype": torch.float64}),
+    "half": ("to", {"dtype": torch.float16}),
+    "bfloat16": ("to", {"dtype": torch.bfloat16}),
+}
+
+
+class Call(NamedTuple):
+    """A call under torch's name, every argument by name, defaults filled in."""
+
+    op: str
+    arguments: dict[str, Any]
+    defaults: dict[str, Any]
+    inplace: bool
+
+
+class Calls(dict[Node, Call | None]):
+    """The calls of a graph's nodes, None where a node is not one of torch's functions."""
+
+    def __missing__(self, node: Node) -> Call | None:
+        self[node] = normalize(node)
+        return self[node]
+
+
+def normalize(node: Node) -> Call | None:
+    name, signatures = _callee(node)
+    if not name:
+        return None
+    op, inplace = _without_inplace(name, node)
+    arguments, defaults = _bind(signatures, node.args, node.kwargs)
+    if "out" in arguments:
+        return None
+    inplace = arguments.pop("inplace", False) is True or inplace
+    op = _SAME.get(op, op)
+    if op in _FIXED:
+        op, fixed = _FIXED[op]
+        arguments, defaults = _bind(_aten_signatures(op), (), {**arguments, **fixed})
+    return Call(op, map_aggregate(arguments, _constant), defaults, inplace)  # type: ignore[arg-type]
+
+
+def value(node: Node) -> Any:
+    """What the node computes, on fake tensors."""
+    return node.meta.get("example_value")
+
+
+def is_call_of(node: Node, function: Any) -> bool:
+    return node.op == "call_function" and node.target is function
+
+
+def _callee(node: Node) -> tuple[str, Sequence[inspect.Signature]]:
+    target = node.target
+    if node.op == "call_method":
+        return str(target), _aten_signatures(str(target).rstrip("_"))
+    if node.op != "call_function":
+        return "", ()
+    if isinstance(target, OpOverload):
+        return target._schema.name.partition("::")[2], _signatures(target)
+    name = getattr(target, "__name__", "")
+    if getattr(target, "__module__", None) == "_operator":
+        return name, _aten_signatures(_SAME.get(op := _of_operator(name), op))
+    method = isinstance(target, types.MethodDescriptorType) and hasattr(torch.Tensor, name)
+    if method or getattr(target, "__module__", None) in _MODULES:
+        return name, _signatures(target) or _aten_signatures(name.rstrip("_"))
+    return "", ()
+
+
+def _without_inplace(name: str, node: Node) -> tuple[str, bool]:
+    if getattr(node.target, "__module__", None) == "_operator":
+        op = _of_operator(name)
+        return op, op != name
+    inplace = name.endswith("_") and not name.startswith("__")
+    return name.rstrip("_") if inplace else name, inplace
+
+
+def _of_operator(name: str) -> str:
+    """operator.iadd is operator.__iadd__, and "add" in place."""
+    augmented = hasattr(operator, f"__{name}__") and hasattr(operator, f"__{name[1:]}__")
+    return name[1:] if name.startswith("i") and augmented else name
+
+
+@functools.cache
+def _signatures(target: Any) -> Sequence[inspect.Signature]:
+    if isinstance(target, types.FunctionType):
+        return (inspect.signature(target),)
+    return get_signature_for_torch_op(target) or ()
+
+
+@functools.cache
+def _aten_signatures(name: str) -> Sequence[inspect.Signature]:
+    packet = getattr(torch.ops.aten, name, None)
+    return () if packet is None else get_signature_for_torch_op(packet) or ()
+
+
+def _bind(
+    signatures: Sequence[inspect.Signature], args: tuple[Any, ...], kwargs: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments by name and the defaults, of the first signature that takes them."""
+    for signature in signatures:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            continue
+        bound.apply_defaults()
+        return dict(bound.arguments), {n: p.default for n, p in signature.parameters.items()}
+    names = ("input", *map(str, range(1, len(args))))
+    return {**dict(zip(names, args, strict=False)), **kwargs}, {}
+
+
+def _constant(argument: Any) -> Any:
+    """A Python number for a node that holds one: with dynamic shapes Dynamo makes nodes of all floats."""
+    if not isinstance(argument, Node):
+        return argument
+    number = value(argument)
+    known: Any = None
+    if isinstance(number, (bool, int, float)):
+        known = number
+    elif isinstance(number, torch.SymInt):
+        known = number.node.maybe_as_int()
+    elif isinstance(number, torch.SymFloat):
+        known = number.node.maybe_as_float()
+    return argument if known is None else known
+
+
+def clean(graph: Graph) -> None:
+    """Drop what computes nothing: casts to the dtype a tensor has, and numbers that nobody reads.
+
+    One of these is the question whether a transform is active, which tracing a fused op leaves behind.
+    """
+    for node in reversed(graph.nodes):
+        call = normalize(node)
+        source = call.arguments.get("input") if call is not None and call.op == "to" else None
+        if isinstance(source, Node) and _returns(value(source), value(node)):
+            node.replace_all_uses_with(source)
+        elif not _is_number(node):
+            continue
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _returns(source: Any, result: Any) -> bool:
+    """Whether `to` returned its input: else it made a copy."""
+    return source is result or (
+        type(source) is type(result)
+        and isinstance(source, torch._subclasses.FakeTensor)
+        and source.dtype == result.dtype
+        and source.untyped_storage()._cdata == result.untyped_storage()._cdata
+    )
+
+
+def _is_number(node: Node) -> bool:
+    numbers = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size)
+    if node.op not in ("call_function", "call_method") or not isinstance(value(node), numbers):
+        return False
+    # an item that is not known yet may be promised to be so by a later assertion
+    return node.target != "item" or _constant(node) is not node

@@ -1,0 +1,166 @@
+"""Which module becomes which: the table of classes, and the reasons to leave a module as it is."""
+
+import re
+import sys
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+
+from .. import functional, nn as fused
+from ..ops._route import FUSED_DTYPES, PLAIN
+from .sequential import Sequential
+
+# torch's class -> ours: every class of fastdl.nn that derives from one of torch's.
+RULES: dict[type, type] = {
+    cls.__base__: cls
+    for cls in vars(fused).values()
+    if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__base__ is not nn.Module
+}
+
+ORIGINALS = {ours: torchs for torchs, ours in RULES.items()} | {Sequential: nn.Sequential}
+
+# FSDP2's classes, remade over ours -> the ones it had generated.
+_REMADE: dict[type, type] = {}
+
+_PUBLIC = {name.replace("_", ""): name for name in vars(functional)}
+
+
+class Finding(NamedTuple):
+    """What there is to say about a module: the class it would take, or why it keeps its own."""
+
+    pattern: str
+    # the function of fastdl.functional; empty where no rule knows the class
+    op: str = ""
+    target: type | None = None
+    reason: str | None = None
+    # whether the modules inside are looked at
+    descend: bool = True
+
+
+def examine(module: nn.Module) -> Finding | None:
+    """The finding for a module, or None for one that is of no interest, such as a container."""
+    cls = type(module)
+    opaque = _opaque(module)
+    if opaque is not None:
+        return Finding(getattr(module, "original_name", cls.__name__), reason=opaque, descend=False)
+    if cls is NonDynamicallyQuantizableLinear:
+        return None  # it is never called: nn.MultiheadAttention takes its weights
+    base = next((known for known in cls.__mro__ if known in RULES), None)
+    if base is None:
+        reason = _unknown(module)
+        return Finding(cls.__name__, reason=reason) if reason else None
+    under = _under(cls)
+    op = op_name(RULES[base])
+    if under is RULES[base]:
+        return Finding(base.__name__, op, cls)
+    return Finding(base.__name__, op, RULES[base], _refusal(module, base, under))
+
+
+def _opaque(module: nn.Module) -> str | None:
+    """Why nothing in this module can be touched."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it was compiled by TorchScript"
+    if type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.qat")):
+        return "it is quantized"
+    return None
+
+
+def _unknown(module: nn.Module) -> str | None:
+    """The reason for a class without a rule. Containers need none."""
+    home = type(module).__module__
+    if home.startswith("peft.") and hasattr(module, "base_layer"):
+        return "PEFT wraps it: only the layer inside may be replaced"
+    is_leaf = not any(module.children()) or home.startswith("torch.nn.")
+    owns = any(True for _ in module.parameters(recurse=False))
+    return "fastdl has no rule for this class" if is_leaf and owns else None
+
+
+def _refusal(module: nn.Module, base: type[nn.Module], under: type) -> str | None:
+    """Why a module of a known class, or of one derived from it, is not replaced."""
+    if parametrize.is_parametrized(module):
+        return "it is parametrized: its weight is computed at each access"
+    if isinstance(module, LazyModuleMixin):
+        return "it is lazy and not initialised: call the model once before"
+    if under is not base:
+        return f"{under.__name__} is derived from {base.__name__}: its forward may differ"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, as other libraries do"
+    if not base.forward.__module__.startswith("torch."):
+        return f"the forward of {base.__name__} was replaced by {base.forward.__module__}"
+    if any(isinstance(value, Tensor) for value in vars(module).values()):
+        return "its weight is not a parameter: it is pruned, or another hook computes it"
+    return _unfit_parameter(module)
+
+
+def _unfit_parameter(module: nn.Module) -> str | None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dtype not in FUSED_DTYPES:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            return f"its {name} is {dtype}: the kernels take float32, float16 and bfloat16"
+        distributed = _loaded("torch.distributed.tensor")
+        if type(parameter) not in PLAIN and not (
+            distributed and isinstance(parameter, distributed.DTensor)
+        ):
+            return f"its {name} is a {type(parameter).__name__}, a tensor subclass without a rule"
+    return None
+
+
+def op_name(ours: type) -> str:
+    """The public function behind a module class: LayerNorm is layer_norm, BatchNorm2d is batch_norm."""
+    name = ours.__name__.lower()
+    for candidate in (name, re.sub(r"\dd$", "", name)):
+        if candidate in _PUBLIC:
+            return _PUBLIC[candidate]
+    return name
+
+
+def _loaded(name: str) -> ModuleType | None:
+    """A module if somebody imported it: before that none of its classes can be in a model."""
+    return sys.modules.get(name)
+
+
+def _under(cls: type) -> type:
+    """The class under one that FSDP2 generated, else the class itself."""
+    fsdp: Any = _loaded("torch.distributed.fsdp")
+    if fsdp and issubclass(cls, fsdp.FSDPModule) and len(cls.__bases__) == 2:
+        return cls.__bases__[1]
+    return cls
+
+
+@cache
+def _over(cls: type, base: type) -> type:
+    """The class generated by FSDP2, made once more over another base."""
+    remade = type(cls.__name__, (cls.__bases__[0], base), dict(vars(cls)))
+    _REMADE[remade] = cls
+    return remade
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether the module runs its children as torch's Sequential does."""
+    return _under(type(module)) in (nn.Sequential, Sequential) and "forward" not in vars(module)
+
+
+def swap(module: nn.Module, target: type) -> None:
+    """Give a module one of our classes. Nothing else about it changes."""
+    cls = type(module)
+    under = _under(cls)
+    if under is not target:
+        module.__class__ = target if under is cls else _over(cls, target)
+
+
+def swap_back(module: nn.Module) -> None:
+    """Give a module the class it had."""
+    cls = type(module)
+    original = ORIGINALS.get(cls) or _REMADE.get(cls)
+    if original is not None:
+        module.__class__ = original
+
+
+def is_ours(module: nn.Module) -> bool:
+    return _under(type(module)) in ORIGINALS

@@ -1,0 +1,51 @@
+"""From the names of ops to the table of their binaries."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ..contract import SPECS
+from .binary import Facts
+from .devices import target_of
+from .pool import Pool, WorkerError, pool
+from .record import Specialisation
+from .table import Result, Row
+
+Progress = Callable[[int, int], None]
+
+
+def compile_all(
+    ops: Iterable[str] | None,
+    targets: Sequence[str],
+    limit: int | None,
+    configs: Sequence[Mapping[str, Any]] | None,
+    progress: Progress | None,
+) -> Result:
+    names = list(SPECS if ops is None else ops)
+    for name in names:
+        if name not in SPECS:
+            raise ValueError(f"targets: no op {name!r}, allowed are {', '.join(SPECS)}")
+    pairs = [(op, target_of(target).name) for target in targets for op in names]
+    wanted = [{"op": op, "target": target, "limit": limit, "configs": configs} for op, target in pairs]  # fmt: skip
+    with pool() as workers:
+        recorded = workers.map(Pool.request, wanted)
+        jobs = [
+            (Specialisation.load(spec), target)
+            for (_, target), specs in zip(pairs, recorded, strict=True)
+            for spec in specs
+        ]
+        rows = []
+        for row in workers.map(_compile, jobs):
+            rows.append(row)
+            if progress is not None:
+                progress(len(rows), len(jobs))
+    return Result(rows)
+
+
+def _compile(workers: Pool, job: tuple[Specialisation, str]) -> Row:
+    spec, target = job
+    try:
+        found = workers.request({"compile": dataclasses.asdict(spec), "target": target})
+    except WorkerError as error:
+        return Row(spec, target, Facts(error=str(error)))
+    return Row(spec, target, Facts(**{**found, "dots": [tuple(dot) for dot in found["dots"]]}))

@@ -1,0 +1,361 @@
+"""`fastdl.tune`: measure launch configurations on this GPU and keep the winners in a table."""
+
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import functional as FF
+from ..ops import _launch, _tuned, linear
+from ..ops._launch import Config, Device, cdiv, power_of_2
+from ..ops._route import policy
+
+Call = Callable[[], Any]
+# Runs the calls in turn, for so many rounds: microseconds of each call in each round.
+Measure = Callable[[Mapping[str, Call], int], dict[str, list[float]]]
+
+FAST, COARSE_ROUNDS, FINE_ROUNDS, FINALISTS = 0.98, 3, 15, 3
+
+
+class Problem(NamedTuple):
+    """One entry to be found. `truth` is in fp64; `replaceable`: torch can take over this pass."""
+
+    op: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    fused: Call
+    torch: Call
+    truth: Call
+    replaceable: bool = True
+
+    @property
+    def key(self) -> str:
+        return _tuned.key_of(self.op, self.dtype, self.sizes)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the table will hold, and the time of the best configuration."""
+
+    key: str
+    entry: dict[str, Any]
+    us: float
+    torch_us: float
+    tried: int
+
+    def __str__(self) -> str:
+        winner = "torch" if self.entry["variant"] == "torch" else _brief(self.entry)
+        ratio = self.torch_us / self.us
+        return (
+            f"{self.key:44} {self.us:9.1f} us {self.torch_us:9.1f} us torch {ratio:6.2f}x  {winner}"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Printable, also as JSON. `skipped` says what there was no time for, or went wrong."""
+
+    path: Path
+    rows: list[Row]
+    skipped: list[str]
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "path": str(self.path)}, indent=1)
+
+    def __str__(self) -> str:
+        lines = [str(row) for row in self.rows] + [f"skipped: {what}" for what in self.skipped]
+        return "\n".join([*lines, f"written to {self.path}"])
+
+
+def _brief(entry: dict[str, Any]) -> str:
+    blocks = " ".join(f"{name}={value}" for name, value in entry["blocks"].items())
+    numbers = " ".join(f"{name}={entry[name]}" for name in ("num_warps", "num_stages", "splits"))
+    return f"{entry['variant']} {blocks} {numbers}"
+
+
+def tune(
+    ops: str | Iterable[str] | None = None,
+    *,
+    shapes: Iterable[Sequence[int]] | Mapping[str, Iterable[Sequence[int]]] | None = None,
+    dtypes: Iterable[torch.dtype] | None = None,
+    budget_s: float = 60,
+    path: str | Path | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Find the fastest configurations for `shapes` and write them to the user's table, or `path`.
+
+    Shapes are (M, N, K) for "linear" and (columns,) for "layer_norm" and "layer_norm_backward".
+    Where torch is faster the table says so, and the op runs in torch.
+    """
+    plan = _plan(ops, shapes, dtypes)
+    if not torch.cuda.is_available() or _launch.INTERPRETED:
+        raise RuntimeError("tune: kernels are measured on a GPU, and there is none to run them")
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tune: a CUDA graph is being captured; tune before that")
+    device = _launch._gpu(torch.cuda.current_device())
+    target = Path(path) if path is not None else _tuned.user_file(device.name)
+    problems = (_PROBLEMS[op](dtype, sizes, "cuda") for op, dtype, sizes in plan)
+    rows, skipped = run(problems, device, events, budget_s, progress=progress)
+    if rows:
+        _save(target, device, rows)
+    return Report(target, rows, skipped)
+
+
+def _plan(ops: Any, shapes: Any, dtypes: Any) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    names = [ops] if isinstance(ops, str) else list(DEFAULTS if ops is None else ops)
+    if shapes is not None and not isinstance(shapes, Mapping):
+        if ops is None:
+            raise ValueError("tune: got shapes but no ops; name the op that the shapes are for")
+        given = list(shapes)
+        shapes = dict.fromkeys(names, given)
+    plan = []
+    for name in names:
+        if name not in DEFAULTS:
+            raise ValueError(f"tune: got op {name!r}, allowed are {', '.join(DEFAULTS)}")
+        count = len(DEFAULTS[name][0])
+        for sizes in DEFAULTS[name] if shapes is None else shapes.get(name, ()):
+            if len(sizes) != count or min(sizes) < 1:
+                raise ValueError(f"tune: {name} takes {count} positive sizes, got {tuple(sizes)}")
+            plan += [(name, d, tuple(sizes)) for d in dtypes or (torch.bfloat16, torch.float16)]
+    return plan
+
+
+def run(
+    problems: Iterable[Problem],
+    device: Device,
+    measure: Measure,
+    budget_s: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    progress: Callable[[str], None] = lambda line: None,
+) -> tuple[list[Row], list[str]]:
+    """Solve problems until the budget is spent."""
+    until, rows, skipped = clock() + budget_s, [], []
+    for problem in problems:
+        if clock() >= until:
+            skipped.append(f"{problem.key}: no time left")
+            continue
+        row = search(problem, device, measure, lambda: clock() >= until)
+        if row is None:
+            skipped.append(f"{problem.key}: no configuration ran and was right")
+            continue
+        rows.append(row)
+        progress(f"{row}  {max(until - clock(), 0):.0f} s left")
+    return rows, skipped
+
+
+def search(
+    problem: Problem, device: Device, measure: Measure, late: Callable[[], bool]
+) -> Row | None:
+    """The fastest of those configurations that compute the right thing, against torch."""
+    truth = problem.truth()
+    allowed = 2 * _error(problem.torch(), truth) + 1e-6
+    proven: dict[str, Config] = {}
+    for number, config in enumerate(configs(problem, device)):
+        if proven and late():
+            break
+        if _is_right(problem, config, truth, allowed):
+            proven[str(number)] = config
+    if not proven:
+        return None
+    calls = {name: _launching(problem, config) for name, config in proven.items()}
+    coarse = _medians(measure(calls, COARSE_ROUNDS))
+    finalists = sorted(coarse, key=coarse.__getitem__)[:FINALISTS]
+    fine = measure({"torch": problem.torch, **{n: calls[n] for n in finalists}}, FINE_ROUNDS)
+    medians = _medians(fine)
+    best = min(finalists, key=medians.__getitem__)
+    entry = _entry(proven[best])
+    if problem.replaceable and medians["torch"] < FAST * medians[best]:
+        entry = {"blocks": {}, "variant": "torch"}
+    return Row(problem.key, entry, medians[best], medians["torch"], len(proven))
+
+
+def configs(problem: Problem, device: Device) -> Iterator[Config]:
+    """The candidates of the op, those that can slice K also in slices that fill the device."""
+    for config in _tuned.CANDIDATES[problem.op](problem.dtype, problem.sizes, device):
+        yield config
+        if config.variant != "tiles":
+            continue
+        M, N, K = problem.sizes
+        tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
+        for splits in (2, 4, 8, 16):
+            blocks_of_k = K // config["BLOCK_K"]
+            if tiles * splits <= 2 * device.sms and blocks_of_k >= 2 * splits:
+                yield replace(config, splits=splits)
+
+
+def _launching(problem: Problem, config: Config) -> Call:
+    def call() -> Any:
+        with _forced(problem, config):
+            return problem.fused()
+
+    return call
+
+
+@contextmanager
+def _forced(problem: Problem, config: Config) -> Iterator[None]:
+    with (
+        policy("fused", on_fallback="error"),
+        _tuned.forced(problem.op, problem.dtype, problem.sizes, config),
+    ):
+        yield
+
+
+def _is_right(problem: Problem, config: Config, truth: Any, allowed: float) -> bool:
+    try:
+        return _error(_launching(problem, config)(), truth) <= allowed
+    except Exception as error:
+        # it does not fit this device, in words that differ between versions of Triton
+        if type(error).__name__ in ("OutOfResources", "PTXASError", "CompilationError"):
+            return False
+        raise
+
+
+def _error(got: Any, truth: Any) -> float:
+    """Relative error of the worst of the tensors; inf where it is not a number."""
+    pairs = zip(_tensors(got), _tensors(truth), strict=True)
+    worst = max(float((g.double() - t).norm() / t.norm().clamp_min(1e-30)) for g, t in pairs)
+    return worst if worst == worst else float("inf")
+
+
+def _tensors(value: Any) -> Sequence[Tensor]:
+    return value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _entry(config: Config) -> dict[str, Any]:
+    entry = asdict(config)
+    del entry["source"]
+    return {**entry, "blocks": dict(config.blocks)}
+
+
+def events(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
+    """By CUDA events, each call after a sweep of memory: it empties the L2 and hides the launch."""
+    sweep = torch.empty(512 << 20, dtype=torch.int8, device="cuda")
+    marks: dict[str, list[Any]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            sweep.zero_()
+            start.record()
+            call()
+            end.record()
+            marks[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: [1e3 * a.elapsed_time(b) for a, b in pairs] for name, pairs in marks.items()}
+
+
+def _save(path: Path, device: Device, rows: list[Row]) -> None:
+    """Add to what is there: entries of other shapes stay."""
+    from .._env import env
+
+    versions = {name: version for name, version in env().versions.items() if version}
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    entries = {**_tuned.read(path), **{row.key: row.entry for row in rows}}
+    _tuned.write(path, device.name, {**versions, "date": today}, entries)
+
+
+def _linear(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
+    M, N, K = sizes
+    x, w = _normal(M, K, dtype=dtype, device=device), _normal(N, K, dtype=dtype, device=device)
+    w, b = w / K**0.5, _normal(N, dtype=dtype, device=device)
+    return Problem(
+        "linear", dtype, sizes,
+        lambda: FF.linear(x, w, b, activation="gelu"),
+        lambda: F.gelu(F.linear(x, w, b)),
+        lambda: F.gelu(F.linear(x.double(), w.double(), b.double())),
+    )  # fmt: skip
+
+
+def _layer_norm(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
+    x, w, b = _norm_inputs(dtype, sizes, device)
+    return Problem(
+        "layer_norm", dtype, sizes,
+        lambda: FF.layer_norm(x, sizes, w, b),
+        lambda: F.layer_norm(x, sizes, w, b),
+        lambda: F.layer_norm(x.double(), sizes, w.double(), b.double()),
+    )  # fmt: skip
+
+
+def _layer_norm_backward(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
+    inputs = _norm_inputs(dtype, sizes, device)
+    dy = torch.randn_like(inputs[0])
+
+    def gradients(norm: Callable[..., Tensor], wide: bool = False) -> Call:
+        leaves = [t.double() if wide else t for t in inputs]
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        with torch.enable_grad(), policy("fused" if norm is FF.layer_norm else "auto"):
+            y = norm(leaves[0], sizes, *leaves[1:])
+        return lambda: torch.autograd.grad(y, leaves, dy.to(y.dtype), retain_graph=True)
+
+    return Problem(
+        "layer_norm_backward", dtype, sizes,
+        gradients(FF.layer_norm), gradients(F.layer_norm), gradients(F.layer_norm, wide=True),
+        replaceable=False,
+    )  # fmt: skip
+
+
+def _norm_inputs(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> list[Tensor]:
+    (cols,) = sizes
+    # beyond the L2 of any GPU, and a few rows even where they are few
+    rows = max((1 << 26) // cols, 64) if device == "cuda" else 5
+    shapes = ((rows, cols), (cols,), (cols,))
+    return [_normal(*shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def _normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def _norm_candidates(longest: int) -> _tuned.Candidates:
+    def candidates(dtype: Any, sizes: tuple[int, ...], device: Device) -> list[Config]:
+        (cols,) = sizes
+        block = power_of_2(cols)
+        # tiles of at most `longest` elements, 8 to 64 of them a thread where there are enough
+        tiles = [
+            Config({"ROWS": rows, "BLOCK": block}, warps, 1, "rows")
+            for rows in (1, 2, 4, 8, 16)
+            for warps in (1, 2, 4, 8, 16, 32)
+            if rows * block <= longest and (warps == 1 or 8 <= rows * block // (32 * warps) <= 64)
+        ]
+        if block < 4096 and tiles:
+            return tiles
+        blocks = [
+            Config({"BLOCK": wide}, warps, 1, "wide")
+            for wide in (2048, 4096, 8192)
+            for warps in (4, 8, 16)
+        ]
+        return tiles + blocks
+
+    return candidates
+
+
+_PROBLEMS = {
+    "linear": _linear,
+    "layer_norm": _layer_norm,
+    "layer_norm_backward": _layer_norm_backward,
+}
+_tuned.CANDIDATES.setdefault("linear", lambda dtype, sizes, device: linear.candidates(dtype))
+_tuned.CANDIDATES.setdefault("layer_norm", _norm_candidates(32768))
+_tuned.CANDIDATES.setdefault("layer_norm_backward", _norm_candidates(8192))
+
+# What is tuned if no shapes are given: projections of transformers, few rows, and widths of norms.
+_PROJECTIONS = ((4096, 1024), (1024, 4096), (8192, 8192))
+_WIDTHS: list[tuple[int, ...]] = [(n,) for n in (256, 1024, 2048, 4096, 8192, 16384)]
+DEFAULTS = {
+    "linear": [(m, *sizes) for m in (16, 8192) for sizes in _PROJECTIONS],
+    "layer_norm": _WIDTHS,
+    "layer_norm_backward": _WIDTHS,
+}
