@@ -1,4 +1,6 @@
-"""Modules that are verbs: `fastdl.optimize(model)` is a call, `fastdl.optimize.graph` a module inside."""
+"""Modules that are verbs: `fastdl.optimize(model)` is a call, `fastdl.optimize.graph` a module
+inside.
+"""
 
 import inspect
 import sys

@@ -1,4 +1,6 @@
-"""Dropout masks from Philox: element (row, col) has its own counter, so backward draws the mask again."""
+"""Dropout masks from Philox: element (row, col) has its own counter, so backward draws the mask
+again.
+"""
 
 import triton
 import triton.language as tl
@@ -6,7 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def dropout(x, seed_ptr, rows, first_col, p, BLOCK: tl.constexpr):
-    """Drop elements of x with probability p and scale the rest. x is rows [R, 1] by BLOCK columns from first_col.
+    """Drop elements of x with probability p and scale the rest. x is rows [R, 1] by BLOCK columns
+    from first_col.
 
     One Philox call serves four neighbours, so first_col and BLOCK are multiples of 4.
     """

@@ -1,4 +1,5 @@
-"""Layer normalization of rows of h = x + residual: y = ((h - mean) rstd weight + bias) (1 + scale) + shift.
+"""Layer normalization of rows of h = x + residual, with factors of a group of rows:
+y = ((h - mean) rstd weight + bias) (1 + scale) + shift.
 
 A tile of whole rows stays in registers. Rows too long for that are in layernorm_wide.py.
 """
@@ -26,11 +27,12 @@ def affine(x_hat, group, weight_ptr, bias_ptr, scale_ptr, shift_ptr, cols, n_col
 
 @triton.jit
 def layernorm_fwd(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+    y_ptr, h_ptr, mean_ptr, rstd_ptr,
     x_row, n_cols, group_rows, n_parts, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each group has n_parts programs of ROWS rows. Leaves mean and rstd, in fp32, for the backward pass."""
+    """Each group of rows has n_parts programs. Leaves mean and rstd, in fp32, for backward."""
     group = (tl.program_id(0) // n_parts).to(tl.int64)
     within = (tl.program_id(0) % n_parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows = (group * group_rows + within)[:, None]
@@ -60,7 +62,8 @@ def layernorm_bwd(
     h_row, n_cols, group_rows, n_parts,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each group has n_parts programs, that take its tiles of rows in turn and leave a partial of each column sum.
+    """Each group has n_parts programs, that take its tiles of rows in turn and leave a partial of
+    each column sum.
 
     The sums are of dweight, dbias and, where there is a scale, dscale and dshift, in this order.
     """

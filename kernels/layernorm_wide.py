@@ -9,10 +9,8 @@ from .layernorm import affine, store_sums
 
 @triton.jit
 def layernorm_wide_fwd(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
-    x_row, n_cols, group_rows, eps,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, h_ptr, mean_ptr,
+    rstd_ptr, x_row, n_cols, group_rows, eps, BLOCK: tl.constexpr, ):  # fmt: skip
     """One program per row: a pass for the moments, merged block by block, and one for y."""
     row = tl.program_id(0).to(tl.int64)
     group = row // group_rows
@@ -35,7 +33,8 @@ def layernorm_wide_fwd(
     tl.store(mean_ptr + here, mean)
     tl.store(rstd_ptr + here, rstd)
 
-    # a second read of x and residual instead of one of h, which other threads of this program may have written
+    # a second read of x and residual instead of one of h, which other threads of this program may
+    # have written
     for first in range(0, n_cols, BLOCK):
         cols = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)
         mask = (cols < n_cols)[None, :]
@@ -91,7 +90,9 @@ def layernorm_wide_sums(
     h_row, n_cols, group_rows, n_parts,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The column sums of layernorm_bwd, for one block of columns; rows of a group go to its n_parts programs in turn."""
+    """The column sums of layernorm_bwd, for one block of columns; rows of a group go to its n_parts
+    programs in turn.
+    """
     cols = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     group = (tl.program_id(0) // n_parts).to(tl.int64)
     inside = (cols < n_cols)[None, :]

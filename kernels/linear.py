@@ -1,4 +1,6 @@
-"""Linear layers: y = dropout(act(x @ weight.T + bias)) + residual, with z = x @ weight.T + bias kept for backward."""
+"""Linear layers: y = dropout(act(x @ weight.T + bias)) + residual, with z = x @ weight.T + bias
+kept for backward.
+"""
 
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ from ._rng import dropout
 
 @triton.jit
 def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column block of a tile. Runs of GROUP row blocks share their columns of weight in L2."""
+    """Row and column block of a tile. GROUP row blocks in turn share columns of weight in L2."""
     n_cols = tl.cdiv(N, BLOCK_N)
     first = tile // (GROUP * n_cols) * GROUP
     size = min(tl.cdiv(M, BLOCK_M) - first, GROUP)
@@ -48,7 +50,7 @@ def linear_fwd(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SWAP: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of y and per slice of K. Of several slices each leaves its fp32 sum in `partial`."""
+    """One program per tile of y and slice of K. Of several slices each leaves an fp32 sum."""
     block_m, block_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
     part = tl.program_id(1)
     rows = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -59,7 +61,7 @@ def linear_fwd(
     x_ptrs = x_ptr + rows[:, None] * x_row + ks[None, :] * x_col
     w_ptrs = weight_ptr + cols[:, None] * w_row + ks[None, :] * w_col
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(part * BLOCK_K, K, tl.num_programs(1) * BLOCK_K):
+    for _ in range(part * BLOCK_K, K, tl.num_programs(1) * BLOCK_K):
         in_k = (ks < K)[None, :] if not EVEN_K else True
         # zeros past the end of K add nothing; rows and columns past the end are never stored
         x = tl.load(x_ptrs, mask=(rows < M)[:, None] & in_k, other=0.0)
@@ -76,10 +78,15 @@ def linear_fwd(
         acc = acc.T
     if partial_ptr is not None:
         mask = (rows < M)[:, None] & (cols < N)[None, :]
-        tl.store(partial_ptr + (part * M + rows)[:, None] * N + cols[None, :], acc, mask=mask)
+        tl.store(
+            partial_ptr + (part.to(tl.int64) * M + rows)[:, None] * N + cols[None, :],
+            acc,
+            mask=mask,
+        )
     else:
         epilogue(
-            acc, rows, block_n.to(tl.int64) * BLOCK_N, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+            acc, rows, block_n.to(tl.int64) * BLOCK_N,
+            bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
             M, N, a, b, p,
             ACT, BLOCK_N,
         )  # fmt: skip
@@ -92,7 +99,7 @@ def linear_persistent(
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """As many programs as processors, each taking tiles in turn; tiles come through tensor descriptors (TMA)."""
+    """As many programs as processors take tiles in turn, through tensor descriptors (TMA)."""
     n_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         block_m, block_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
@@ -102,10 +109,18 @@ def linear_persistent(
             w = weight_desc.load([block_n * BLOCK_N, k])
             acc = tl.dot(x, w.T, acc)
         rows = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        first_col = block_n.to(tl.int64) * BLOCK_N
+        # by halves: what finishing a whole tile takes does not fit in registers beside it
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         epilogue(
-            acc, rows, block_n.to(tl.int64) * BLOCK_N, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+            left, rows, first_col, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
             M, N, a, b, p,
-            ACT, BLOCK_N,
+            ACT, BLOCK_N // 2,
+        )  # fmt: skip
+        epilogue(
+            right, rows, first_col + BLOCK_N // 2, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+            M, N, a, b, p,
+            ACT, BLOCK_N // 2,
         )  # fmt: skip
 
 
@@ -115,7 +130,7 @@ def linear_finish(
     M, N, n_parts, a, b, p,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add up the partial sums of a product, in a fixed order, and finish it. One program per tile."""
+    """Add up the slices of a product, in a fixed order, and finish it."""
     n_cols = tl.cdiv(N, BLOCK_N)
     rows = (tl.program_id(0) // n_cols).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_col = (tl.program_id(0) % n_cols).to(tl.int64) * BLOCK_N
@@ -139,7 +154,9 @@ def linear_bwd(
     M, N, a, b, p,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dz = act'(z) dropout(dy). A program takes every P-th row block of one column block and leaves a partial dbias."""
+    """dz = act'(z) dropout(dy). A program takes every P-th row block of one column block and leaves
+    a partial dbias.
+    """
     first_col = tl.program_id(0).to(tl.int64) * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)

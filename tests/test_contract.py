@@ -1,7 +1,6 @@
 """Every check of the contract, on every op."""
 
 import pytest
-import torch
 
 from fastdl.contract import DTYPES, SPECS
 from fastdl.contract.checks import CHECKS, cases_of

@@ -6,7 +6,7 @@ import itertools
 import pickle
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -55,9 +55,9 @@ def cases_of(spec: Spec, scope: Scope) -> list[Case]:
 
 def same(got: list[Tensor], expected: list[Tensor], what: str) -> None:
     """Bit equality."""
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+    for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(
-            a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=i: f"{what}, tensor {i}: {m}"
+            a, b, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}"
         )
 
 
@@ -159,20 +159,15 @@ def second_derivative(spec: Spec, case: Case, device: str) -> None:
             outputs = floats(case.make(maker)())
             backs = [c.requires_grad_() for c in cotangents(maker, outputs)]
             leaves = [*maker.leaves, *backs]
-            first = torch.autograd.grad(
+            found = torch.autograd.grad(
                 outputs, maker.leaves, backs, create_graph=True, allow_unused=True
             )
-            first = [g for g in first if g is not None and g.requires_grad]
+            first = [g for g in found if g is not None and g.requires_grad]
             if not first:
                 return []
+            sent = cotangents(maker, first)
             return list(
-                torch.autograd.grad(
-                    first,
-                    leaves,
-                    cotangents(maker, first),
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
+                torch.autograd.grad(first, leaves, sent, allow_unused=True, materialize_grads=True)
             )
 
     ours, definition, truth = (
@@ -281,7 +276,7 @@ class _Replay:
 
 def _function(case: Case, device: str) -> Callable[..., tuple[Tensor, ...]]:
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(floats(case.make(_Replay(tensors, device))()))
+        return tuple(floats(case.make(cast(Any, _Replay(tensors, device)))()))
 
     return function
 
@@ -402,11 +397,10 @@ def opcheck(spec: Spec, case: Case, device: str) -> None:
 
     for layout in ("dense", "transposed"):
         with Watch():
-            run(case, Maker(device=device, layout=layout), "fused")  # type: ignore[arg-type]
+            run(case, Maker(device=device, layout=layout), "fused")
     assert {func.name().split("::")[1] for func, _ in calls} >= set(spec.library_ops)
     for func, args in calls:
-        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(func, args)
+        torch.library.opcheck(func, tuple(a.detach() if isinstance(a, Tensor) else a for a in args))
 
 
 @check("core")
@@ -448,9 +442,12 @@ def recomputed(spec: Spec, case: Case, device: str) -> None:
 
     def offloaded(call: Callable[[], Any]) -> Any:
         packed: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: (packed.append(t), t.clone())[1], lambda t: t
-        ):
+
+        def pack(tensor: Tensor) -> Tensor:
+            packed.append(tensor)
+            return tensor.clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             result = call()
         assert packed, "tensors for backward are kept where hooks do not see them"
         return result
@@ -473,8 +470,9 @@ def strided_cotangents(spec: Spec, case: Case, device: str) -> None:
 
     ones = gradients(lambda y: torch.ones_like(y, memory_format=torch.contiguous_format))
     same(gradients(lambda y: y.new_ones(()).expand(y.shape)), ones, "expanded")
-    strided = lambda y: y.new_ones((*y.shape[:-1], 2 * y.shape[-1]))[..., ::2]
-    same(gradients(strided), ones, "strided")
+    same(
+        gradients(lambda y: y.new_ones((*y.shape[:-1], 2 * y.shape[-1]))[..., ::2]), ones, "strided"
+    )
 
 
 @check("op")

@@ -62,8 +62,13 @@ class Error:
         return self.ours <= self.allowed
 
     def worst(self, other: "Error") -> "Error":
-        key = lambda e: e.ours / e.allowed if e.allowed else math.inf * e.ours if e.ours else 0.0
-        return max(self, other, key=key)
+        return max(self, other, key=Error.share)
+
+    def share(self) -> float:
+        """How much of the allowance is used."""
+        if not self.allowed:
+            return math.inf if self.ours else 0.0
+        return self.ours / self.allowed
 
 
 def deviation(got: Tensor, truth: Tensor) -> float:

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 
 from ..ops import _launch
 from . import SPECS
-from .case import DTYPES, Case, Spec
+from .case import DTYPES, Spec
 from .checks import CHECKS, cases_of
 from .evaluate import Error, accuracy
 
@@ -144,19 +145,12 @@ Step = tuple[str, Callable[[], None]]
 def _other_checks(spec: Spec, device: str) -> Iterator[Step]:
     for check in CHECKS.values():
         if check.scope == "op":
-            yield check.name, lambda check=check: check.function(spec, device)
+            yield check.name, partial(check.function, spec, device)
         elif check.name not in ("accurate", "exact"):
             for case in cases_of(spec, check.scope):
                 for args in [(dtype,) for dtype in DTYPES] if check.by_dtype else [()]:
-                    yield _step(
-                        check.name,
-                        case,
-                        lambda c=check, k=case, a=args: c.function(spec, k, device, *a),
-                    )
-
-
-def _step(name: str, case: Case, run: Callable[[], None]) -> Step:
-    return f"{name}, {case.name}", run
+                    step = partial(check.function, spec, case, device, *args)
+                    yield f"{check.name}, {case.name}", step
 
 
 def _failures(steps: Iterator[Step], tick: _Ticker) -> list[str]:

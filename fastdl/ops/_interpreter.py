@@ -1,4 +1,6 @@
-"""Triton's interpreter, made to compute what a GPU computes. It runs kernels on CPU tensors, one at a time."""
+"""Triton's interpreter, made to compute what a GPU computes. It runs kernels on CPU tensors, one at
+a time.
+"""
 
 import functools
 import threading
@@ -14,7 +16,9 @@ lock = threading.Lock()
 
 @functools.cache
 def patch() -> None:
-    """bfloat16, which numpy does not have: casts truncate, and tl.dot multiplies the bit patterns as integers."""
+    """bfloat16, which numpy does not have: casts truncate, and tl.dot multiplies the bit patterns
+    as integers.
+    """
     builder, patch_tensor = interpreter.InterpreterBuilder, interpreter._patch_lang_tensor
     cast, dot = builder.cast_impl, builder.create_dot
 

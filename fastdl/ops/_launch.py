@@ -1,4 +1,6 @@
-"""Launching kernels: the facts of the device, compiled kernels kept by signature, and the interpreter."""
+"""Launching kernels: the facts of the device, compiled kernels kept by signature, and the
+interpreter.
+"""
 
 import contextlib
 import functools
@@ -15,7 +17,8 @@ from torch import Tensor
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
-# Triton reads the same variable, when a kernel is decorated: changing it later has no effect on either.
+# Triton reads the same variable, when a kernel is decorated: changing it later has no effect on
+# either.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -108,7 +111,7 @@ def device_of(tensor: Tensor) -> Device:
 
 @functools.cache
 def _gpu(index: int) -> Device:
-    facts = torch.cuda.get_device_properties(index)
+    facts: Any = torch.cuda.get_device_properties(index)  # its stub lacks fields
     if torch.version.hip:
         return Device(
             facts.name, "hip", facts.gcnArchName.split(":")[0], facts.multi_processor_count, 65536
@@ -120,7 +123,9 @@ def _gpu(index: int) -> Device:
 
 @contextlib.contextmanager
 def recording(device: Device | None = None) -> Iterator[list[Launch]]:
-    """Collect launches. With `device`, ops run on meta tensors as that device would, and launch nothing."""
+    """Collect launches. With `device`, ops run on meta tensors as that device would, and launch
+    nothing.
+    """
     outer, _state.recorder = _state.recorder, _Recorder(device=device)
     try:
         yield _state.recorder.launches
@@ -133,7 +138,9 @@ def is_dry() -> bool:
 
 
 class Kernel:
-    """A kernel of `fastdl/kernels`, found at its first launch, with the binaries compiled for it so far."""
+    """A kernel of `fastdl/kernels`, found at its first launch, with the binaries compiled for it so
+    far.
+    """
 
     def __init__(self, path: str) -> None:
         self.module, self.name = path.split(".")
@@ -147,7 +154,9 @@ class Kernel:
 def launch(
     kernel: Kernel, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any
 ) -> None:
-    """Launch over `grid`. `args` are the run-time arguments in order; blocks of `config` are constants too."""
+    """Launch over `grid`. `args` are the run-time arguments in order; blocks of `config` are
+    constants too.
+    """
     recorder = _state.recorder
     if recorder is not None:
         recorder.launches.append(Launch(kernel, grid, args, constants, config))
@@ -171,7 +180,8 @@ def launch(
 def _run(
     kernel: Kernel, grid: tuple[int, ...], device: int, args: Any, constants: Any, config: Config
 ) -> None:
-    # Triton's own launcher binds and specialises all arguments anew at each call; this key costs a third of it.
+    # Triton's own launcher binds and specialises all arguments anew at each call; this key costs a
+    # third of it.
     key = (
         device,
         config.num_warps,
@@ -193,7 +203,9 @@ def _run(
 
 
 def _specialisation(arg: Any) -> Any:
-    """All that Triton compiles an argument for: its type, 16-byte alignment, being 1, needing 64 bits."""
+    """All that Triton compiles an argument for: its type, 16-byte alignment, being 1, needing 64
+    bits.
+    """
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, int):

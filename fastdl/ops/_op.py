@@ -1,4 +1,6 @@
-"""How an op meets torch: library ops for its kernels, and one declaration that ties its forms together."""
+"""How an op meets torch: library ops for its kernels, and one declaration that ties its forms
+together.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,8 +26,9 @@ SPELLINGS: "list[Spelling]" = []
 class LibraryOp:
     """One kernel pass as an op of torch's library: opaque to compilers, functional, fit for export.
 
-    `launch` is typed: its signature is the schema. `like` takes the same arguments and allocates the outputs, without
-    looking at sizes. `torch` computes the same outputs in plain torch. `decline` says why the kernels should not run.
+    `launch` is typed: its signature is the schema. `like` takes the same arguments and allocates
+    the outputs, without looking at sizes. `torch` computes the same outputs in plain torch.
+    `decline` says why the kernels should not run.
     """
 
     def __init__(
@@ -71,29 +74,32 @@ class LibraryOp:
         return self.launch(*args) if _launch.is_dry() else self.like(*args)
 
 
-def autocast_to_lower(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast_to_lower(*tensors: Any) -> tuple[Any, ...]:
     """What torch's autocast does to the arguments of a product."""
-    device = tensors[0].device.type  # type: ignore[union-attr]
+    device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     return _cast(tensors, torch.get_autocast_dtype(device))
 
 
-def autocast_to_float32(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What torch's autocast does to norms, softmax and losses: on a CPU it has no policy for them."""
-    if tensors[0].device.type != "cuda" or not torch.is_autocast_enabled("cuda"):  # type: ignore[union-attr]
+def autocast_to_float32(*tensors: Any) -> tuple[Any, ...]:
+    """What torch's autocast does to norms, softmax and losses; on a CPU, nothing."""
+    device = tensors[0].device.type
+    if device != "cuda" or not torch.is_autocast_enabled(device):
         return tensors
     return _cast(tensors, torch.float32)
 
 
-def _cast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+def _cast(tensors: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     """Autocast leaves float64 and integers alone."""
     lower = (torch.float16, torch.bfloat16, torch.float32)
     return tuple(t.to(dtype) if t is not None and t.dtype in lower else t for t in tensors)
 
 
 def differentiating() -> bool:
-    """Whether a backward pass is itself being differentiated. Compilers trace backward with grad mode on."""
+    """Whether a backward pass is itself being differentiated. Compilers trace backward with grad
+    mode on.
+    """
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -103,11 +109,11 @@ def gradients(
     grads: Any,
     needs: Sequence[bool],
     create_graph: bool = False,
-) -> list[Tensor | None]:
+) -> list[Any]:
     """Gradients of the definition for those of `args` that need one, None for the others.
 
-    Differentiates at views of the arguments: one of them may be computed from another, and the paths between them are
-    not part of this op.
+    Differentiates at views of the arguments: one of them may be computed from another, and the
+    paths between them are not part of this op.
     """
     with torch.enable_grad():
         args = list(args)
@@ -124,7 +130,7 @@ def gradients(
             allow_unused=True,
             materialize_grads=True,
         )
-    result: list[Tensor | None] = [None] * len(args)
+    result: list[Any] = [None] * len(args)
     for i, grad in zip(wanted, found, strict=True):
         result[i] = grad
     return result
@@ -132,8 +138,10 @@ def gradients(
 
 def second_derivative(
     op: str, definition: Callable[..., Any], args: Sequence[Any], grads: Any, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """What backward returns while it is being differentiated: the definition's gradients, as a graph."""
+) -> list[Any]:
+    """What backward returns while it is being differentiated: the definition's gradients, as a
+    graph.
+    """
     _route.report(op, "call", Reason.DOUBLE_BACKWARD)
     return gradients(definition, args, grads, needs, create_graph=True)
 
@@ -141,8 +149,9 @@ def second_derivative(
 class Spelling(NamedTuple):
     """A way in which people write an op.
 
-    `pattern` is a branch-free function of tensors and scalars in plain torch, which the graph optimizer traces. `call`
-    takes the same parameters and returns the public op with its arguments, to be put in place of what matches.
+    `pattern` is a branch-free function of tensors and scalars in plain torch, which the graph
+    optimizer traces. `call` takes the same parameters and returns the public op with its
+    arguments, to be put in place of what matches.
     """
 
     pattern: Callable[..., Any]
@@ -152,8 +161,8 @@ class Spelling(NamedTuple):
 class Op(NamedTuple):
     """The forms of one op: its definition, its autograd Function and what they share.
 
-    `definition` and `vendor` take the arguments of `Function.apply`. `vendor(*args)` is torch's best call, or None
-    where it does not support the options.
+    All take the arguments of `Function.apply`. `vendor(*args)` is torch's best call, or None where
+    it does not support the options.
     """
 
     name: str

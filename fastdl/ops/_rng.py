@@ -1,4 +1,6 @@
-"""Dropout's random numbers: a seed from torch's generator, and in torch the mask that the kernels draw."""
+"""Dropout's random numbers: a seed from torch's generator, and in torch the mask that the kernels
+draw.
+"""
 
 import torch
 from torch import Tensor
@@ -7,7 +9,9 @@ MASK32 = 0xFFFFFFFF
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A fresh seed on the device. As a tensor it follows checkpointing, compilation and CUDA graphs."""
+    """A fresh seed on the device. As a tensor it follows checkpointing, compilation and CUDA
+    graphs.
+    """
     return torch.randint(-(2**62), 2**62, (), dtype=torch.int64, device=device)
 
 
@@ -37,7 +41,7 @@ def _philox(
         high2, low2 = _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
-    return torch.broadcast_tensors(c0, c1, c2, c3)  # type: ignore[return-value]
+    return torch.broadcast_tensors(c0, c1, c2, c3)
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Who computes an op: the fused kernels or torch, and why.
 
-There are two deciders. The public function asks `decide`, which looks at statics only, because Dynamo and export
-trace it. A library op asks `decline` on real tensors, where sizes and measurements are known.
+There are two deciders. The public function asks `decide`, which looks at statics only, because
+Dynamo and export trace it. A library op asks `decline` on real tensors, where sizes and
+measurements are known.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import enum
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ QUIET = frozenset({Reason.POLICY, Reason.EMPTY})
 
 FUSED_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
-# Fake and functional tensors stand for plain ones: were they foreign, the op would vanish from compiled graphs.
+# Fake and functional tensors stand for plain ones: were they foreign, the op would vanish from
+# compiled graphs.
 PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor})
 
 
@@ -82,16 +84,17 @@ def current_policy() -> Policy:
 
 
 def _policy_in_backward() -> Policy:
-    # Autograd's device threads have their own thread-locals, but torch carries stashed objects over to them.
+    # Autograd's device threads have their own thread-locals, but torch carries stashed objects over
+    # to them.
     if "policy" not in _state.__dict__ and torch._C._is_key_in_tls(_TLS_KEY):
         return torch._C._get_obj_in_tls(_TLS_KEY)
     return _state.policy
 
 
-def _checked(mode: str, on_fallback: str) -> Policy:
-    for given, allowed in ((mode, Mode), (on_fallback, OnFallback)):
-        if given not in allowed.__args__:
-            raise ValueError(f"policy: got {given!r}, allowed are {', '.join(allowed.__args__)}")
+def _checked(mode: Mode, on_fallback: OnFallback) -> Policy:
+    for given, allowed in ((mode, get_args(Mode)), (on_fallback, get_args(OnFallback))):
+        if given not in allowed:
+            raise ValueError(f"policy: got {given!r}, allowed are {', '.join(allowed)}")
     return Policy(mode, on_fallback)
 
 
@@ -101,7 +104,7 @@ def _install(policy: Policy) -> None:
 
 
 def set_policy(mode: Mode = "auto", on_fallback: OnFallback = "silent") -> None:
-    """Choose, for this thread, who computes: fused where it helps, fused wherever it can, or torch."""
+    """Choose for this thread: fused where it helps, fused wherever it can, or the definition."""
     _install(_checked(mode, on_fallback))
 
 
@@ -117,7 +120,8 @@ def policy(mode: Mode = "auto", on_fallback: OnFallback = "silent") -> Iterator[
 
 
 def under_a_transform() -> bool:
-    # The only test that is right under Dynamo, under func.grad inside compile, and for dual tensors.
+    # The only test that is right under Dynamo, under func.grad inside compile, and for dual
+    # tensors.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

@@ -1,4 +1,6 @@
-"""Elementwise activations, with dropout: y = dropout(act(x)). Also dropout alone, the activation being "none"."""
+"""Elementwise activations, with dropout: y = dropout(act(x)). Also dropout alone, the activation
+being "none".
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +27,9 @@ ACTIVATION_BWD = Kernel("activation.activation_bwd")
 
 
 class Activation(NamedTuple):
-    """An activation: its definition, with two parameters for those that have any, and torch's module for it."""
+    """An activation: its definition, with two parameters for those that have any, and torch's
+    module for it.
+    """
 
     definition: Callable[[Tensor, float, float], Tensor]
     module: type[nn.Module] | None = None
@@ -45,20 +49,28 @@ def _erf_gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (1.0 + torch.erf(x / 1.4142135623730951))
 
 
+def _erf_gelu_product(x: Tensor) -> Tensor:
+    return x * 0.5 * (1.0 + torch.erf(x * 0.7071067811865476))
+
+
+def _fast_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608028654 * (1.0 + 0.044715 * x * x)))
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "none": Activation(lambda x, a, b: x, nn.Identity, at_output=True),
     "relu": Activation(lambda x, a, b: F.relu(x), nn.ReLU, at_output=True),
-    "gelu": Activation(lambda x, a, b: F.gelu(x), nn.GELU, spellings=(_erf_gelu,)),
+    "gelu": Activation(
+        lambda x, a, b: F.gelu(x), nn.GELU, spellings=(_erf_gelu, _erf_gelu_product)
+    ),
     "gelu_tanh": Activation(
-        lambda x, a, b: F.gelu(x, approximate="tanh"), spellings=(_newton_gelu,)
+        lambda x, a, b: F.gelu(x, approximate="tanh"), spellings=(_newton_gelu, _fast_gelu)
     ),
     "silu": Activation(
         lambda x, a, b: F.silu(x), nn.SiLU, spellings=(lambda x: x * torch.sigmoid(x),)
     ),
     "quick_gelu": Activation(lambda x, a, b: x * torch.sigmoid(1.702 * x)),
-    "relu2": Activation(
-        lambda x, a, b: F.relu(x).square(), spellings=(lambda x: torch.pow(F.relu(x), 2),)
-    ),
+    "relu2": Activation(lambda x, a, b: F.relu(x).square()),
     "sigmoid": Activation(lambda x, a, b: torch.sigmoid(x), nn.Sigmoid),
     "tanh": Activation(lambda x, a, b: torch.tanh(x), nn.Tanh),
     "leaky_relu": Activation(
@@ -67,7 +79,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "elu": Activation(lambda x, a, b: F.elu(x, a), nn.ELU, ("alpha",), (1.0, 0.0)),
     "selu": Activation(lambda x, a, b: F.selu(x), nn.SELU),
     "celu": Activation(lambda x, a, b: F.celu(x, a), nn.CELU, ("alpha",), (1.0, 0.0)),
-    "mish": Activation(lambda x, a, b: F.mish(x), nn.Mish),
+    "mish": Activation(
+        lambda x, a, b: F.mish(x), nn.Mish, spellings=(lambda x: x * torch.tanh(F.softplus(x)),)
+    ),
     "softplus": Activation(
         lambda x, a, b: F.softplus(x, a, b), nn.Softplus, ("beta", "threshold"), (1.0, 20.0)
     ),
@@ -104,7 +118,8 @@ BY_MODULE: dict[type, str] = {
 
 
 def lower(op: str, activation: Activations) -> tuple[Lowered, nn.Module | None]:
-    """(name, a, b) for the kernels, and the module that torch applies after them, for those that kernels do not know.
+    """(name, a, b) for the kernels, and the module that torch applies after them, for those that
+    kernels do not know.
 
     A tuple is a name followed by its parameters.
     """
@@ -161,7 +176,8 @@ def definition(x: Tensor, seed: Tensor | None, name: str, a: float, b: float, p:
 
 
 def _like(x: Tensor, seed: Tensor | None, name: str, a: float, b: float, p: float) -> Tensor:
-    # A dropout mask is drawn in the order of a contiguous tensor; without one the order of elements is free.
+    # A dropout mask is drawn in the order of a contiguous tensor; without one the order of elements
+    # is free.
     return torch.empty_like(
         x, memory_format=torch.preserve_format if seed is None else torch.contiguous_format
     )
@@ -266,7 +282,9 @@ def seed_for(input: Tensor, p: float, training: bool) -> Tensor | None:
 def activation(
     input: Tensor, name: Activations, *, dropout_p: float = 0.0, training: bool = True
 ) -> Tensor:
-    """dropout(act(input)). `name` is an activation's name, a tuple of it and its parameters, or a torch module."""
+    """dropout(act(input)). `name` is an activation's name, a tuple of it and its parameters, or a
+    torch module.
+    """
     options, module = lower("activation", name)
     if module is not None:
         input = module(input)
@@ -277,7 +295,9 @@ def activation(
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """torch's dropout, from a seed that torch's generator draws. The mask is not stored: backward draws it again."""
+    """torch's dropout, from a seed that torch's generator draws. The mask is not stored: backward
+    draws it again.
+    """
     if inplace:
         return F.dropout(input, p, training, inplace=True)
     return activation(input, None, dropout_p=p, training=training)
@@ -295,10 +315,25 @@ def with_parameters(name: str, a: float, b: float) -> Activations:
     return (name, *(a, b)[:count]) if count else name
 
 
+def _spell(act: Callable[..., Tensor], name: str, drops: bool) -> Spelling:
+    """The op with this way to write its activation, with or without dropout after it."""
+
+    def pattern(x: Any, a: Any, b: Any, p: Any, training: Any) -> Tensor:
+        y = act(x, a, b)
+        return F.dropout(y, p, training) if drops else y
+
+    def call(x: Any, a: Any, b: Any, p: Any, training: Any) -> partial[Any]:
+        activations = None if name == "none" else with_parameters(name, a, b)
+        options = {"dropout_p": p, "training": training} if drops else {}
+        return partial(activation, x, activations, **options)
+
+    return Spelling(pattern, call)
+
+
 SPELLINGS.extend(
-    Spelling(
-        pattern, lambda x, a, b, name=name: partial(activation, x, with_parameters(name, a, b))
-    )
-    for name in ACTIVATIONS.keys() - {"none"}
-    for pattern in spelled(name)
+    _spell(act, name, drops)
+    for name in ACTIVATIONS
+    for act in spelled(name)
+    for drops in (False, True)
+    if name != "none" or drops
 )

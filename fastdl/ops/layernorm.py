@@ -32,7 +32,9 @@ def definition(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, dims: int, eps: float,
 ) -> Any:  # fmt: skip
-    """norm(h) (1 + scale) + shift of h = x + residual, over the last `dims` dimensions; with a residual, h too."""
+    """norm(h) (1 + scale) + shift of h = x + residual, over the last `dims` dimensions; with a
+    residual, h too.
+    """
     h = x if residual is None else x + residual
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # torch cannot differentiate a bias alone twice
@@ -48,7 +50,8 @@ def definition(
 def choose(n_cols: int, dtype: torch.dtype, device: Device, backward: bool) -> Config:
     """Tiles of whole rows while they fit in registers, else ("wide") blocks of columns.
 
-    Backward holds four sums of columns beside its rows, so its rows are shorter. A thread has 16 elements.
+    Backward holds four sums of columns beside its rows, so its rows are shorter. A thread has 16
+    elements.
     """
     op = "layer_norm_backward" if backward else "layer_norm"
     tuned = _tuned.lookup(op, dtype, (n_cols,), device)
@@ -103,12 +106,14 @@ def _forward(
 
 
 def _as_rows(x: Tensor, dims: int) -> Tensor:
-    """x as [rows, columns], columns side by side. Copies only where the layout does not allow a view."""
+    """x as [rows, columns], columns side by side. Copies only where the layout does not allow a
+    view.
+    """
     rows = x.reshape(x.shape[: x.dim() - dims].numel(), -1)
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def _dense(x: Any) -> Any:
     return None if x is None else x.contiguous()
 
 
@@ -164,7 +169,7 @@ def _like_backward(
     needs: list[bool],
 ) -> Gradients:  # fmt: skip
     return tuple(  # type: ignore[return-value]
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None  # type: ignore[arg-type]
         for t, need in zip((h, weight, bias, scale, shift), needs, strict=True)
     )
 
@@ -183,21 +188,21 @@ def _backward(
         _dense(dy), _dense(dh), rows, _dense(weight), _dense(bias), group_scale, mean, rstd,
         dx, groups, config, any(needs[1:]),
     )  # fmt: skip
-    by_group = lambda kind: sums[kind].view(groups, -1, rows.shape[1]).sum(1)
     lead = _leading(h, dims, scale, shift)
-    return (
-        dx,
-        sums[0].sum(0).view(weight.shape).to(weight.dtype) if needs[1] else None,
-        sums[1].sum(0).view(bias.shape).to(bias.dtype) if needs[2] else None,
-        _ungroup(by_group(2), h, lead, dims, scale) if needs[3] else None,
-        _ungroup(by_group(1 if scale is None else 3), h, lead, dims, shift) if needs[4] else None,
-    )  # type: ignore[return-value]
+    into = ((0, weight), (1, bias), (2, scale), (1 if scale is None else 3, shift))
+    factors: Any = [
+        _reduce(sums[kind], h, lead, dims, like) if need else None
+        for need, (kind, like) in zip(needs[1:], into, strict=True)
+    ]
+    return dx, *factors
 
 
-def _ungroup(sums: Tensor, h: Tensor, lead: int, dims: int, like: Tensor) -> Tensor:
-    """[groups, columns] summed to the shape of scale or shift."""
+def _reduce(sums: Tensor, h: Tensor, lead: int, dims: int, like: Any) -> Tensor:
+    """Partial sums of columns, added up within groups and then to the shape of their factor."""
     n = h.dim() - dims
-    full = sums.view(*h.shape[:lead], *(1 for _ in range(n - lead)), *h.shape[n:])
+    groups, columns = h.shape[:lead], h.shape[n:]
+    by_group = sums.view(groups.numel(), -1, columns.numel()).sum(1)
+    full = by_group.view(*groups, *(1 for _ in range(n - lead)), *columns)
     return full.sum_to_size(like.shape).to(like.dtype)
 
 
@@ -254,7 +259,7 @@ def _torch_backward(
 ) -> Gradients:  # fmt: skip
     args = (h, None, weight, bias, scale, shift, dims, eps)
     dx, _, *others = gradients(definition, args, dy, [True, False, *needs[1:]])[:6]
-    return (dx if dh is None else dx + dh), *others  # type: ignore[operator, return-value]
+    return (dx if dh is None else dx + dh), *others
 
 
 FORWARD = LibraryOp("layer_norm", _forward, like=_like, torch_form=_torch_forward, decline=_decline)
@@ -282,7 +287,8 @@ class LayerNormFunction(torch.autograd.Function):
             return dh, dh, None, None, None, None, None, None
         h, *factors, mean, rstd = ctx.saved_tensors
         if differentiating():
-            # h is an output of this Function: its own path back to x and residual is added by autograd
+            # h is an output of this Function: its own path back to x and residual is added by
+            # autograd
             args, wanted = (h, None, *factors, *ctx.options), [needs[0], False, *needs[1:]]
             dx, _, *others = second_derivative("layer_norm", definition, args, dy, wanted)[:6]
             dx = dx if dh is None or dx is None else dx + dh
@@ -312,7 +318,9 @@ def layer_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Any:
-    """norm(h) * weight + bias of h = input + residual, then * (1 + scale) + shift; with `prenorm` also h."""
+    """norm(h) * weight + bias of h = input + residual, then * (1 + scale) + shift; with `prenorm`
+    also h.
+    """
     _check(input, tuple(normalized_shape), weight, bias)
     input, weight, bias, residual, scale, shift = autocast_to_float32(
         input, weight, bias, residual, scale, shift
@@ -354,40 +362,37 @@ def _check(
             )
         if factor.device != input.device:
             raise RuntimeError(
-                f"layer_norm: input is on {input.device}, {name} on {factor.device}; must be the same"
+                f"layer_norm: input is on {input.device}, {name} on {factor.device}; must match"
             )
 
 
-def _call(x: Any, shape: Any, w: Any, b: Any, eps: Any, **options: Any) -> partial[Any]:
-    return partial(layer_norm, x, shape, w, b, eps, **options)
+def _spell(*, adds: bool, prenorm: bool, scales: bool, shifts: bool, widens: bool) -> Spelling:
+    """The op with or without what may stand around it; `widens` is a norm in float32 of less."""
+
+    def pattern(
+        x: Any, r: Any, shape: Any, w: Any, b: Any, eps: Any, scale: Any, shift: Any, dtype: Any
+    ) -> Any:
+        h = x + r if adds else x
+        y = F.layer_norm(h.to(torch.float32) if widens else h, shape, w, b, eps)
+        y = y.to(dtype) if widens else y
+        y = y * (1 + scale) if scales else y
+        y = y + shift if shifts else y
+        return (y, h) if prenorm else y
+
+    def call(
+        x: Any, r: Any, shape: Any, w: Any, b: Any, eps: Any, scale: Any, shift: Any, dtype: Any
+    ) -> partial[Any]:
+        options = {"residual": r, "prenorm": prenorm or None, "scale": scale, "shift": shift}
+        given = {k: v for k, v in options.items() if v is not None}
+        return partial(layer_norm, x, shape, w, b, eps, **given)
+
+    return Spelling(pattern, call)
 
 
-def _norm(x: Any, shape: Any, w: Any, b: Any, eps: Any) -> Tensor:
-    return F.layer_norm(x, shape, w, b, eps)
-
-
+# A shift alone is no modulation: it is mostly a residual, as large as the input.
 SPELLINGS.extend(
-    [
-        Spelling(
-            lambda x, r, shape, w, b, eps, scale, shift: (
-                _norm(x + r, shape, w, b, eps) * (1 + scale) + shift
-            ),
-            lambda x, r, shape, w, b, eps, scale, shift: _call(
-                x, shape, w, b, eps, residual=r, scale=scale, shift=shift
-            ),
-        ),
-        Spelling(
-            lambda x, shape, w, b, eps, scale, shift: (
-                _norm(x, shape, w, b, eps) * (1 + scale) + shift
-            ),
-            lambda x, shape, w, b, eps, scale, shift: _call(
-                x, shape, w, b, eps, scale=scale, shift=shift
-            ),
-        ),
-        Spelling(
-            lambda x, r, shape, w, b, eps: _norm(x + r, shape, w, b, eps),
-            lambda x, r, shape, w, b, eps: _call(x, shape, w, b, eps, residual=r),
-        ),
-        Spelling(_norm, _call),
-    ]
+    _spell(adds=adds, prenorm=prenorm, scales=scales, shifts=shifts, widens=widens)
+    for widens in (False, True)
+    for adds, prenorm in ((False, False), (True, False), (True, True))
+    for scales, shifts in ((False, False), (True, False), (True, True))
 )

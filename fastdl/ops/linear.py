@@ -100,7 +100,7 @@ def _tiles(m: int, n: int, k: int, warps: int, stages: int, swap: int = 0) -> Co
 
 
 def _with_splits(config: Config, M: int, N: int, K: int, device: Device) -> Config:
-    """Slice K while the tiles fill less than half of the processors and a slice keeps four blocks."""
+    """Slice K while tiles leave half of the processors idle and a slice keeps four blocks."""
     tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
     splits = max(1, min(device.sms // tiles, K // (4 * config["BLOCK_K"]), 16))
     return Config(config.blocks, config.num_warps, config.num_stages, config.variant, splits)
@@ -174,8 +174,8 @@ def _launch_tiles(
         LINEAR_FWD, (tiles, parts),
         x, weight, *tail, partial_sums,
         M, N, K, *x.stride(), *weight.stride(), a, b, p,
-        ACT=name, PRECISION="tf32" if _tf32() else "ieee", EVEN_K=K % (config["BLOCK_K"] * parts) == 0,
-        config=config,
+        ACT=name, PRECISION="tf32" if _tf32() else "ieee",
+        EVEN_K=K % (config["BLOCK_K"] * parts) == 0, config=config,
     )  # fmt: skip
     if partial_sums is not None:
         _launch_finish(partial_sums, tail, sizes, options, Config(_FINISH_BLOCKS, 4, 1))
@@ -289,9 +289,10 @@ def _torch_backward(
     dz = dy
     if z is not None or seed is not None:
         args = (dy if z is None else z, None, seed, name, a, b, p)
-        (dz, *_) = gradients(_finish, args, dy, [True])  # type: ignore[assignment]
+        dz = gradients(_finish, args, dy, [True])[0]
     bias = x.new_zeros(weight.shape[0])
-    return tuple(gradients(F.linear, (x, weight, bias), dz, needs))  # type: ignore[return-value]
+    dx, dweight, dbias = gradients(F.linear, (x, weight, bias), dz, needs)
+    return dx, dweight, dbias
 
 
 FORWARD = LibraryOp("linear", _forward, like=_like, torch_form=_torch_forward, decline=_decline)
@@ -385,25 +386,38 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             )
         if other.device != input.device:
             raise RuntimeError(
-                f"linear: input is on {input.device}, {name} on {other.device}; they must be the same"
+                f"linear: input is on {input.device}, {name} on {other.device}; they must match"
             )
 
 
-def _spell(act: Callable[..., Tensor], name: str) -> list[Spelling]:
-    """The op with this way to write its activation, with a residual before and after it in the sum, and without."""
+def _spell(act: Callable[..., Tensor], name: str, drops: bool, adds: bool) -> Spelling:
+    """The op with this way to write its activation, with or without what follows it."""
 
-    def call(x: Any, w: Any, bias: Any, a: Any, b: Any, residual: Any = None) -> partial[Any]:
-        activation = None if name == "none" else with_parameters(name, a, b)
-        return partial(linear, x, w, bias, activation=activation, residual=residual)
+    def pattern(
+        x: Any, w: Any, bias: Any, a: Any, b: Any, p: Any, training: Any, residual: Any
+    ) -> Tensor:
+        y = act(F.linear(x, w, bias), a, b)
+        y = F.dropout(y, p, training) if drops else y
+        return y + residual if adds else y
 
-    return [
-        Spelling(
-            lambda x, w, bias, a, b, residual: act(F.linear(x, w, bias), a, b) + residual, call
-        ),
-        Spelling(lambda x, w, bias, a, b: act(F.linear(x, w, bias), a, b), call),
-    ]
+    def call(
+        x: Any, w: Any, bias: Any, a: Any, b: Any, p: Any, training: Any, residual: Any
+    ) -> partial[Any]:
+        options = {
+            "activation": None if name == "none" else with_parameters(name, a, b),
+            "residual": residual,
+            "dropout_p": p,
+            "training": training,
+        }
+        return partial(linear, x, w, bias, **{k: v for k, v in options.items() if v is not None})
+
+    return Spelling(pattern, call)
 
 
-for _name in ACTIVATIONS:
-    for _act in spelled(_name):
-        SPELLINGS.extend(_spell(_act, _name))
+SPELLINGS.extend(
+    _spell(act, name, drops, adds)
+    for name in ACTIVATIONS
+    for act in spelled(name)
+    for drops in (False, True)
+    for adds in (False, True)
+)

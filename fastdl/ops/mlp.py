@@ -17,7 +17,9 @@ def mlp(
     activation: Activations = "gelu",
     recompute: bool = False,
 ) -> Tensor:
-    """act(input W1ᵀ + b1) W2ᵀ + b2. With `recompute`, backward computes the hidden layer again instead of keeping it."""
+    """act(input W1ᵀ + b1) W2ᵀ + b2. With `recompute`, backward computes the hidden layer again
+    instead of keeping it.
+    """
     if recompute:
         return checkpoint(_mlp, input, w1, b1, w2, b2, activation, use_reentrant=False)
     return _mlp(input, w1, b1, w2, b2, activation)
