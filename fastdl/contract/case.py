@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# Elements of NaN on either side of a guarded tensor.
+GUARD = 64
+
 Layout = Literal["dense", "transposed", "sliced", "offset", "channels_last", "guarded", "far"]
 
 
@@ -64,9 +67,9 @@ class Maker:
         if self.layout == "channels_last" and values.dim() == 4:
             return values.contiguous(memory_format=torch.channels_last)
         if self.layout == "guarded":
-            buffer = values.new_full((values.numel() + 128,), float("nan"))
+            buffer = values.new_full((values.numel() + 2 * GUARD,), float("nan"))
             self.guards.append(buffer)
-            return buffer[64:-64].view(shape).copy_(values)
+            return buffer[GUARD:-GUARD].view(shape).copy_(values)
         if self.layout == "far" and values.dim() > 1 and not self.leaves:
             # rows 2**31 elements apart; the memory between them is never touched
             apart = 2**31 // (shape[0] - 1) + 64

@@ -32,6 +32,11 @@ class Device:
     sms: int
     shared: int
 
+    @property
+    def has_tma(self) -> bool:
+        """Whether tensor descriptors are copied by hardware."""
+        return self.backend == "cuda" and int(self.arch) >= 90
+
 
 # Few processors, so that persistent loops go round more than once on the small shapes of a test.
 INTERPRETER = Device("interpreter", "interpreter", 90, sms=3, shared=232448)

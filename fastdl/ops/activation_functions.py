@@ -120,6 +120,8 @@ def hardtanh(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
+    if min_val > max_val:
+        raise ValueError(f"hardtanh: min_val is {min_val}, max_val {max_val}; it must not be less")
     if inplace:
         input = F.hardtanh(input, min_val, max_val, inplace=True)
         return dropout(input, dropout_p, training)

@@ -1,6 +1,8 @@
 """Linear layers with what follows them: dropout(act(x Wᵀ + b)) + residual."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -48,6 +50,17 @@ def definition(
     return _finish(F.linear(x, weight, bias), residual, seed, name, a, b, p)
 
 
+def vendor(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
+    name: str, a: float, b: float, p: float,
+) -> Any:  # fmt: skip
+    """With torch's own dropout, which is faster than drawing the kernels' mask in torch."""
+    if seed is None:
+        return None
+    y = F.dropout(apply_definition(F.linear(x, weight, bias), name, a, b), p)
+    return y if residual is None else y + residual
+
+
 def _finish(
     z: Tensor, residual: Tensor | None, seed: Tensor | None, name: str, a: float, b: float, p: float
 ) -> Tensor:
@@ -56,21 +69,25 @@ def _finish(
 
 
 def _rows(x: Tensor) -> int:
-    return x.shape[:-1].numel()
+    return math.prod(x.shape[:-1])  # numel() of a shape would fix it where it is symbolic
 
 
 def _matrix(x: Tensor) -> Tensor:
     return x.reshape(_rows(x), x.shape[-1])
 
 
-def choose(M: int, N: int, K: int, dtype: torch.dtype, device: Device, tma: bool) -> Config:
+def choose(M: int, N: int, K: int, dtype: torch.dtype, device: Device, aligned: bool) -> Config:
     """The launch configuration: a measured one, else by rule."""
+    small = device.backend == "interpreter"
+    if not small and (not aligned or N % 16):
+        # rows that cannot be moved 16 bytes at a time: the vendor's product, then our one pass over it
+        return Config(_FINISH_BLOCKS, 4, 1, variant="gemm")
+    tma = aligned and dtype != torch.float32 and (small or device.has_tma)
     tuned = _tuned.lookup("linear", dtype, (M, N, K), device)
     if tuned is not None and (tma or tuned.variant != "persistent"):
-        return tuned
-    small = device.backend == "interpreter"
+        return _fitting(tuned, dtype, device)
     if dtype == torch.float32 and not small and not _tf32():
-        # exact fp32 has no tensor cores: the vendor's product, then our one pass over it
+        # exact fp32 has no tensor cores: the same
         return Config(_FINISH_BLOCKS, 4, 1, variant="gemm")
     scale = 4 if small else 1
     if scale * M <= 64:
@@ -84,7 +101,18 @@ def choose(M: int, N: int, K: int, dtype: torch.dtype, device: Device, tma: bool
         config = _tiles(128 // scale, 128 // scale, 64 // scale, 8, 3)
     else:
         config = _tiles(64 // scale, 64 // scale, 64 // scale, 4, 4)
-    return _with_splits(config, M, N, K, device)
+    return _with_splits(_fitting(config, dtype, device), M, N, K, device)
+
+
+def _fitting(config: Config, dtype: torch.dtype, device: Device) -> Config:
+    """As many stages as shared memory holds."""
+    if config.variant not in ("tiles", "persistent"):
+        return config
+    stage = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * dtype.itemsize
+    buffers = device.shared // stage
+    # on AMD the newest stage is in registers; a kilobyte or so is for barriers
+    stages = min(config.num_stages, buffers + 1 if device.backend == "hip" else buffers)
+    return replace(config, num_stages=max(stages, 1))
 
 
 # In the order in which the kernels take them.
@@ -129,13 +157,10 @@ def _tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _fits_tma(*tensors: Tensor) -> bool:
-    """What tensor descriptors ask for: 16-bit rows in a line, all aligned to 16 bytes."""
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether rows lie in a line and start at multiples of 16 elements, as Triton specialises for."""
     return all(
-        t.element_size() == 2
-        and t.stride(1) == 1
-        and t.stride(0) * 2 % 16 == 0
-        and (t.is_meta or t.data_ptr() % 16 == 0)
+        t.stride(1) == 1 and t.stride(0) % 16 == 0 and (t.is_meta or t.data_ptr() % 16 == 0)
         for t in tensors
     )
 
@@ -155,7 +180,7 @@ def _forward(
     y, z = _like(x, weight, bias, residual, seed, name, a, b, p, keep)
     x = _matrix(x)
     (M, K), N = x.shape, weight.shape[0]
-    config = choose(M, N, K, x.dtype, device_of(x), _fits_tma(x, weight))
+    config = choose(M, N, K, x.dtype, device_of(x), _aligned(x, weight))
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     tail = (bias, residual, seed, y, z if keep else None)
@@ -234,7 +259,7 @@ def _decline(x: Tensor, weight: Tensor, *args: Any) -> Reason | None:
     N, K = weight.shape
     if N == 0 or K == 0:
         return Reason.EMPTY
-    config = choose(_rows(x), N, K, x.dtype, device_of(x), tma=True)
+    config = choose(_rows(x), N, K, x.dtype, device_of(x), aligned=True)
     return Reason.MEASURED if prefers_torch(config.variant) else None
 
 
@@ -338,7 +363,7 @@ def _inference(
     return FORWARD.overload(x, weight, bias, residual, *rest, False)[0]
 
 
-OP = Op("linear", definition, LinearFunction, _inference)
+OP = Op("linear", definition, LinearFunction, _inference, vendor)
 
 
 def linear(

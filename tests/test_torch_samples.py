@@ -1,0 +1,67 @@
+"""torch's own sample inputs for its functions: same values, gradients and errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastdl.functional as FF
+
+op_db = pytest.importorskip(
+    "torch.testing._internal.common_methods_invocations", reason="torch ships no sample inputs here"
+).op_db
+
+NAMES = [
+    *("celu", "dropout", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "layer_norm"),
+    *("leaky_relu", "linear", "logsigmoid", "mish", "relu", "relu6", "selu", "silu", "softplus"),
+    *("softsign", "tanhshrink"),
+]
+OURS = {f"nn.functional.{name}": getattr(FF, name) for name in NAMES}
+INFOS = [info for info in op_db if info.name in OURS and not info.variant_test_name]
+
+
+def leaves(sample):
+    tensors = [sample.input, *sample.args, *sample.kwargs.values()]
+    return [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def outcome(function, sample):
+    torch.manual_seed(0)
+    y = function(sample.input, *sample.args, **sample.kwargs)
+    return y, torch.autograd.grad(y.sum(), leaves(sample)) if y.requires_grad else ()
+
+
+def in_float64(value):
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
+
+
+def test_all_are_there():
+    assert {info.name for info in INFOS} == set(OURS)
+
+
+@pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
+def test_samples(info, device):
+    for sample in info.sample_inputs(device, torch.float32, requires_grad=True):
+        if sample.kwargs.get("inplace") or "dropout" in info.name:
+            continue  # one writes into its input, the other draws other numbers: test_dropout.py
+        truth = outcome(info.op, sample.transform(in_float64))
+        ours = outcome(OURS[info.name], sample)
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    "info", [info for info in INFOS if info.error_inputs_func], ids=lambda info: info.name
+)
+def test_error_samples(info, device):
+    for bad in info.error_inputs(device):
+        sample = bad.sample_input
+        with pytest.raises(bad.error_type):
+            OURS[info.name](sample.input, *sample.args, **sample.kwargs)
+
+
+def test_layer_norm_of_integers_fails_as_in_torch(device):
+    x = torch.ones(2, 4, dtype=torch.long, device=device)
+    for layer_norm in (F.layer_norm, FF.layer_norm):
+        with pytest.raises(RuntimeError):
+            layer_norm(x, (4,))
