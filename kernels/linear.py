@@ -20,6 +20,12 @@ def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.
 
 
 @triton.jit
+def split(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Left and right half of a tile. In the layout of wgmma nothing moves."""
+    return tile.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def epilogue(
     z, rows, first_col, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
     M, N, a, b, p,
@@ -45,7 +51,7 @@ def epilogue(
 @triton.jit
 def linear_fwd(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr, partial_ptr,
-    M, N, K, x_row, x_col, w_row, w_col, a, b, p,
+    M, N, K, x_row, w_row, a, b, p,
     ACT: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SWAP: tl.constexpr,
@@ -58,8 +64,8 @@ def linear_fwd(
     ks = part.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     step = tl.num_programs(1).to(tl.int64) * BLOCK_K
 
-    x_ptrs = x_ptr + rows[:, None] * x_row + ks[None, :] * x_col
-    w_ptrs = weight_ptr + cols[:, None] * w_row + ks[None, :] * w_col
+    x_ptrs = x_ptr + rows[:, None] * x_row + ks[None, :]
+    w_ptrs = weight_ptr + cols[:, None] * w_row + ks[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in range(part * BLOCK_K, K, tl.num_programs(1) * BLOCK_K):
         in_k = (ks < K)[None, :] if not EVEN_K else True
@@ -70,8 +76,8 @@ def linear_fwd(
             acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
-        x_ptrs += step * x_col
-        w_ptrs += step * w_col
+        x_ptrs += step
+        w_ptrs += step
         ks += step
 
     if SWAP:
@@ -110,18 +116,16 @@ def linear_persistent(
             acc = tl.dot(x, w.T, acc)
         rows = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         first_col = block_n.to(tl.int64) * BLOCK_N
-        # by halves: what finishing a whole tile takes does not fit in registers beside it
-        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        epilogue(
-            left, rows, first_col, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
-            M, N, a, b, p,
-            ACT, BLOCK_N // 2,
-        )  # fmt: skip
-        epilogue(
-            right, rows, first_col + BLOCK_N // 2, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
-            M, N, a, b, p,
-            ACT, BLOCK_N // 2,
-        )  # fmt: skip
+        # by quarters: bias and activation of a whole tile do not fit in registers beside it
+        halves = split(acc, BLOCK_M, BLOCK_N)
+        for i in tl.static_range(4):
+            quarter = split(halves[i // 2], BLOCK_M, BLOCK_N // 2)[i % 2]
+            epilogue(
+                quarter, rows, first_col + i * (BLOCK_N // 4),
+                bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+                M, N, a, b, p,
+                ACT, BLOCK_N // 4,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,9 @@ LINEAR_FINISH = Kernel("linear.linear_finish")
 LINEAR_BWD = Kernel("linear.linear_bwd")
 
 
+Layout = Literal["strided", "rows", "aligned"]
+
+
 def definition(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
     name: str, a: float, b: float, p: float,
@@ -76,19 +79,23 @@ def _matrix(x: Tensor) -> Tensor:
     return x.reshape(_rows(x), x.shape[-1])
 
 
-def choose(M: int, N: int, K: int, dtype: torch.dtype, device: Device, aligned: bool) -> Config:
-    """The launch configuration: a measured one, else by rule."""
+def choose(M: int, N: int, K: int, dtype: torch.dtype, device: Device, layout: Layout) -> Config:
+    """The launch configuration: a measured one, else by rule.
+
+    The interpreter takes the same decisions, on blocks and shapes a quarter as long.
+    """
     small = device.backend == "interpreter"
-    if not small and (not aligned or N % 16):
-        # rows that cannot be moved 16 bytes at a time: the vendor's product, then our one pass over it
-        return Config(_FINISH_BLOCKS, 4, 1, variant="gemm")
-    tma = aligned and dtype != torch.float32 and (small or device.has_tma)
+    aligned = layout == "aligned" and N % 16 == 0
+    if layout == "strided" or not (aligned or small):
+        # rows that cannot be moved 16 bytes at a time: torch's product, then our one pass over it
+        return GEMM
+    tma = layout == "aligned" and dtype != torch.float32 and (small or device.has_tma)
     tuned = _tuned.lookup("linear", dtype, (M, N, K), device)
     if tuned is not None and (tma or tuned.variant != "persistent"):
         return _fitting(tuned, dtype, device)
     if dtype == torch.float32 and not small and not _tf32():
         # exact fp32 has no tensor cores: the same
-        return Config(_FINISH_BLOCKS, 4, 1, variant="gemm")
+        return GEMM
     scale = 4 if small else 1
     if scale * M <= 64:
         # few rows: weight tiles take the tensor cores' long side
@@ -115,8 +122,8 @@ def _fitting(config: Config, dtype: torch.dtype, device: Device) -> Config:
     return replace(config, num_stages=max(stages, 1))
 
 
-# In the order in which the kernels take them.
-_FINISH_BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 128}
+# torch's product, finished by one pass over it.
+GEMM = Config({}, variant="gemm")
 
 
 def _blocks(m: int, n: int, k: int, group: int) -> dict[str, int]:
@@ -141,7 +148,7 @@ def candidates(dtype: torch.dtype) -> list[Config]:
         return [
             _tiles(64, 64, 32, 4, 3),
             _tiles(128, 128, 32, 8, 3),
-            Config(_FINISH_BLOCKS, 4, 1, "gemm"),
+            GEMM,
         ]
     return [
         *(_tiles(*tile) for tile in tiles),
@@ -149,7 +156,7 @@ def candidates(dtype: torch.dtype) -> list[Config]:
         Config(_blocks(128, 256, 64, 8), 8, 3, variant="persistent"),
         Config(_blocks(256, 128, 64, 8), 8, 3, variant="persistent"),
         Config(_blocks(128, 128, 64, 8), 8, 4, variant="persistent"),
-        Config(_FINISH_BLOCKS, 4, 1, variant="gemm"),
+        GEMM,
     ]
 
 
@@ -157,18 +164,16 @@ def _tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether rows lie in a line and start at multiples of 16 elements, as Triton specialises for."""
-    return all(
-        t.stride(1) == 1 and t.stride(0) % 16 == 0 and (t.is_meta or t.data_ptr() % 16 == 0)
-        for t in tensors
-    )
+def _layout(*tensors: Tensor) -> Layout:
+    """Whether rows lie in a line, and start at multiples of 16, which Triton looks for."""
+    if any(t.stride(1) != 1 for t in tensors):
+        return "strided"
+    aligned = (t.stride(0) % 16 == 0 and (t.is_meta or t.data_ptr() % 16 == 0) for t in tensors)
+    return "aligned" if all(aligned) else "rows"
 
 
-def _like(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
-    name: str, a: float, b: float, p: float, keep: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _like(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    keep = rest[-1]
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return y, torch.empty_like(y) if keep else y.new_empty(0)
 
@@ -177,15 +182,32 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
     name: str, a: float, b: float, p: float, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y, z = _like(x, weight, bias, residual, seed, name, a, b, p, keep)
-    x = _matrix(x)
-    (M, K), N = x.shape, weight.shape[0]
-    config = choose(M, N, K, x.dtype, device_of(x), _aligned(x, weight))
-    bias = None if bias is None else bias.contiguous()
+    rows, N, options = _matrix(x), weight.shape[0], (name, a, b, p)
+    M, K = rows.shape
+    config = choose(M, N, K, x.dtype, device_of(x), _layout(rows, weight))
     residual = None if residual is None else residual.contiguous()
+    if config.variant == "gemm":
+        return _forward_gemm(x, weight, bias, residual, seed, options, keep)
+    y, z = _like(x, weight, bias, residual, seed, *options, keep)
+    bias = None if bias is None else bias.contiguous()
     tail = (bias, residual, seed, y, z if keep else None)
-    _VARIANTS[config.variant](x, weight, tail, (M, N, K), (name, a, b, p), config)
+    run = _launch_persistent if config.variant == "persistent" else _launch_tiles
+    run(rows, weight, tail, (M, N, K), options, config)
     return y, z
+
+
+def _forward_gemm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
+    options: Any, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """torch's product, and one pass over it if anything is left to do."""
+    z = F.linear(x, weight, bias)
+    if options[0] == "none" and seed is None and residual is None:
+        return z, z.new_empty(0)
+    y = torch.empty_like(z)
+    tail = (None, residual, seed, y, None)
+    _launch_finish(z[None], tail, (_rows(z), z.shape[-1], 0), options)
+    return y, z if keep else z.new_empty(0)
 
 
 def _launch_tiles(
@@ -198,12 +220,12 @@ def _launch_tiles(
     launch(
         LINEAR_FWD, (tiles, parts),
         x, weight, *tail, partial_sums,
-        M, N, K, *x.stride(), *weight.stride(), a, b, p,
+        M, N, K, x.stride(0), weight.stride(0), a, b, p,
         ACT=name, PRECISION="tf32" if _tf32() else "ieee",
         EVEN_K=K % (config["BLOCK_K"] * parts) == 0, config=config,
     )  # fmt: skip
     if partial_sums is not None:
-        _launch_finish(partial_sums, tail, sizes, options, Config(_FINISH_BLOCKS, 4, 1))
+        _launch_finish(partial_sums, tail, sizes, options)
 
 
 def _launch_persistent(
@@ -223,16 +245,9 @@ def _launch_persistent(
     )  # fmt: skip
 
 
-def _launch_gemm(
-    x: Tensor, weight: Tensor, tail: Any, sizes: Any, options: Any, config: Config
-) -> None:
-    _launch_finish(torch.mm(x, weight.t())[None], tail, sizes, options, config)
-
-
-def _launch_finish(
-    partial_sums: Tensor, tail: Any, sizes: Any, options: Any, config: Config
-) -> None:
+def _launch_finish(partial_sums: Tensor, tail: Any, sizes: Any, options: Any) -> None:
     (M, N, _), (name, a, b, p) = sizes, options
+    config = Config({"BLOCK_M": 16, "BLOCK_N": 128}, 4, 1)
     tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
     launch(
         LINEAR_FINISH, (tiles,),
@@ -242,15 +257,12 @@ def _launch_finish(
     )  # fmt: skip
 
 
-_VARIANTS = {"tiles": _launch_tiles, "persistent": _launch_persistent, "gemm": _launch_gemm}
-
-
 def _torch_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
-    name: str, a: float, b: float, p: float, keep: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *options, keep = rest
     z = F.linear(x, weight, bias)
-    y = _finish(z, residual, seed, name, a, b, p)
+    y = _finish(z, residual, *options)
     # a library op returns neither an input nor the same tensor twice
     return y.contiguous() if y is not z else y.clone(), z.contiguous() if keep else y.new_empty(0)
 
@@ -259,17 +271,15 @@ def _decline(x: Tensor, weight: Tensor, *args: Any) -> Reason | None:
     N, K = weight.shape
     if N == 0 or K == 0:
         return Reason.EMPTY
-    config = choose(_rows(x), N, K, x.dtype, device_of(x), aligned=True)
+    config = choose(_rows(x), N, K, x.dtype, device_of(x), "aligned")
     return Reason.MEASURED if prefers_torch(config.variant) else None
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def _like_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, seed: Tensor | None,
-    name: str, a: float, b: float, p: float, needs: list[bool],
-) -> Gradients:  # fmt: skip
+def _like_backward(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Gradients:
+    needs = rest[-1]
     shapes = (x.shape, weight.shape, weight.shape[:1])
     return tuple(x.new_empty(s) if need else None for s, need in zip(shapes, needs, strict=True))  # type: ignore
 

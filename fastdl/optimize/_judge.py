@@ -1,9 +1,10 @@
-"""Runs of copies of a model that leave no trace, among them the run in float64 that judges the others."""
+"""Runs of copies of a model that leave no trace, and the mode for the one that is the judge."""
 
 import contextlib
 import copy
 import dataclasses
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_with_path
 
 _WIDER = {
     torch.float32: torch.float64,
@@ -24,7 +25,6 @@ _CASTS = {
     Tensor.float: Tensor.double,
     Tensor.half: Tensor.double,
     Tensor.bfloat16: Tensor.double,
-    Tensor.cfloat: Tensor.cdouble,
 }
 
 
@@ -36,11 +36,20 @@ class Run(NamedTuple):
 
 
 class Float64(TorchFunctionMode):
-    """Turns every cast to a narrower float into one to float64, and notes the first function that gives one anyway."""
+    """Turns casts to narrower floats into casts to float64, and notes who gives one anyway."""
 
     def __init__(self) -> None:
         super().__init__()
         self.narrow: str | None = None
+
+    def __enter__(self) -> "Float64":
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(self._default)
+        super().__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -75,16 +84,18 @@ class NoDropout(TorchFunctionMode):
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
-            kwargs["dropout_p"] = 0.0
-            args = (*args[:4], *(() if len(args) < 5 else (kwargs.pop("dropout_p"), *args[5:])))
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs = {**kwargs, "dropout_p": 0.0}
         return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def no_trace() -> Iterator[None]:
-    """Restores random number generators and the default dtype, and turns gradients on inside."""
+    """Restores random number generators, and turns gradients on inside."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    dtype, state = torch.get_default_dtype(), random.getstate()
+    state = random.getstate()
     try:
         with (
             torch.random.fork_rng(devices=devices),
@@ -93,13 +104,20 @@ def no_trace() -> Iterator[None]:
         ):
             yield
     finally:
-        torch.set_default_dtype(dtype)
         random.setstate(state)
 
 
+def eager() -> contextlib.AbstractContextManager[Any]:
+    """Where compiled models run as they were written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and it is slow to import
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy without gradients. Tensors that a hook has computed, such as a pruned weight, are detached."""
+    """A deep copy without gradients."""
     memo = {} if memo is None else memo
+    # what a hook has computed, such as a pruned weight, cannot be copied with its history
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:
@@ -108,7 +126,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise RuntimeError(
-            f"fastdl compares copies of a model, and {type(model).__name__} cannot be copied: {error}"
+            f"fastdl compares copies, and this {type(model).__name__} cannot be copied: {error}"
         ) from error
     twin.zero_grad(set_to_none=True)
     return twin
@@ -124,7 +142,7 @@ def widen(model: nn.Module) -> None:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set every dropout rate of a model to 0: torch's dropout modules, and floats that are named after one."""
+    """Set every rate of a model to 0: of dropout modules, and floats with "drop" in their name."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -138,20 +156,23 @@ def run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     loss: Callable[[Any], Tensor] | None,
+    mode: contextlib.AbstractContextManager[Any],
     wide: bool = False,
 ) -> Run:
-    """One forward and one backward pass, from the same seed each time. Backward starts at `loss` or at fixed signs."""
+    """One forward and one backward pass in a mode, from the same seed each time."""
     leaves: dict[str, Tensor] = {}
-    args, kwargs = _fresh((args, kwargs), leaves, wide)
+    args, kwargs = fresh((args, kwargs), leaves, wide)
     random.seed(0)
     torch.default_generator.manual_seed(0)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(0)
-    output = model(*args, **kwargs)
+    with mode:
+        output = model(*args, **kwargs)
     outputs = dict(tensors_in(output, "output"))
     if not outputs:
         raise ValueError(f"verify: no tensor in what the model returns, a {type(output).__name__}")
-    _backward(output, outputs, loss)
+    with mode:
+        _backward(output, outputs, loss)
     gradients = {
         plain_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad
     }
@@ -165,28 +186,28 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _fresh(inputs: tuple[Any, Any], leaves: dict[str, Tensor], wide: bool) -> Any:
-    """Inputs of their own for a run. Gradients of floats gather in `leaves`."""
+def fresh(inputs: Any, leaves: dict[str, Tensor] | None = None, wide: bool = False) -> Any:
+    """A copy of (args, kwargs) for one run. With `leaves`, gradients of floats gather in them."""
     seen: dict[int, Tensor] = {}
 
-    def fresh(path: Any, value: Any) -> Any:
+    def renew(path: Any, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return copy.deepcopy(value)
         if id(value) not in seen:
             leaf = value.detach().clone()
             if wide and leaf.dtype in _WIDER:
                 leaf = leaf.to(_WIDER[leaf.dtype])
-            if leaf.is_floating_point() or leaf.is_complex():
+            if leaves is not None and (leaf.is_floating_point() or leaf.is_complex()):
                 leaves[f"input {_label(path)}"] = leaf.requires_grad_()
                 leaf = leaf.clone()  # a model may write into what it is given, but not into a leaf
             seen[id(value)] = leaf
         return seen[id(value)]
 
-    return torch.utils._pytree.tree_map_with_path(fresh, inputs)
+    return tree_map_with_path(renew, inputs)
 
 
 def _label(path: Any) -> str:
-    """[0] for the first positional argument, x for the keyword x, with what lies inside behind it."""
+    """[0] for the first positional argument, x for the keyword x, and the path inside it."""
     first, *rest = path[1:]
     name = str(first) if path[0].idx == 0 else str(first.key)
     return name + "".join(map(str, rest))
@@ -220,6 +241,7 @@ def _backward(
 
 
 def signs(like: Tensor, seed: int) -> Tensor:
+    """Random signs that depend on nothing but the shape and the seed."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(0, 2, like.shape, generator=generator) * 2 - 1
     return drawn.to(like.device, like.dtype)

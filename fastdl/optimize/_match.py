@@ -54,8 +54,9 @@ class Match:
 
     def __init__(self, pattern: Pattern, found: dict[Node, Any]) -> None:
         self.pattern = pattern
-        self.nodes: list[Node] = [found[n] for n in pattern.ops]
+        self.nodes: list[Node] = list(dict.fromkeys(found[n] for n in pattern.ops))
         self.outputs: list[Node] = [found[n] for n in pattern.outputs]
+        self.last = max(self.nodes)
         self.bindings = {name: found.get(n) for name, n in pattern.parameters.items()}
 
     def call(self) -> "partial[Any]":
@@ -86,7 +87,10 @@ Found = dict[Node, Any]
 
 
 def _match(wanted: Any, given: Any, found: Found, calls: tuple[Calls, Calls]) -> Iterator[Found]:
-    if not isinstance(wanted, Node):
+    if isinstance(wanted, (list, tuple)) and isinstance(given, (list, tuple)):
+        if len(wanted) == len(given):
+            yield from _match_all(list(zip(wanted, given, strict=True)), found, calls)
+    elif not isinstance(wanted, Node):
         if same(wanted, given):
             yield found
     elif wanted in found:
@@ -113,7 +117,7 @@ def _match_all(
 
 
 def _pairings(ours: Call, theirs: Call) -> Iterator[list[tuple[Any, Any]]]:
-    """The arguments of both calls side by side. One that only one of them knows must have its default."""
+    """The arguments of both calls side by side. What only one knows must have its default."""
     pairs = {}
     for name in ours.arguments | theirs.arguments:
         wanted = ours.arguments.get(name, _MISSING)
@@ -131,7 +135,7 @@ def _pairings(ours: Call, theirs: Call) -> Iterator[list[tuple[Any, Any]]]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two arguments are the same node or equal constants; a dimension equals a list of it."""
+    """Whether these are the same node or equal constants; a dimension equals a list of it."""
     if isinstance(a, Node) or isinstance(b, Node) or isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, (list, tuple)) or isinstance(b, (list, tuple)):

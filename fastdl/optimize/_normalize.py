@@ -1,4 +1,7 @@
-"""One form for the many ways to call a torch function: x + y, x.add(y), torch.add(x, y) and x += y are all "add"."""
+"""One form for the many ways to call a torch function.
+
+x + y, x.add(y), torch.add(x, y) and x += y are all "add".
+"""
 
 import functools
 import inspect
@@ -14,7 +17,9 @@ from torch.fx.node import map_aggregate
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
 # Elsewhere in torch the same name may mean something else.
-_MODULES = frozenset({"torch", "torch.functional", "torch.nn.functional", "torch._C", "torch._C._nn"})
+_MODULES = frozenset(
+    {"torch", "torch.functional", "torch.nn.functional", "torch._C", "torch._C._nn"}
+)
 
 _SAME = {
     "truediv": "div",
@@ -62,10 +67,13 @@ def normalize(node: Node) -> Call | None:
         return None
     inplace = arguments.pop("inplace", False) is True or inplace
     op = _SAME.get(op, op)
+    if op == "type_as" and isinstance(other := arguments.get("other"), Node):
+        op, arguments = "to", {"input": arguments["input"], "dtype": _dtype_of(other)}
+        arguments, defaults = _bind(_aten_signatures(op), (), arguments)
     if op in _FIXED:
         op, fixed = _FIXED[op]
         arguments, defaults = _bind(_aten_signatures(op), (), {**arguments, **fixed})
-    return Call(op, map_aggregate(arguments, _constant), defaults, inplace)  # type: ignore[arg-type]
+    return Call(op, map_aggregate(arguments, _constant), defaults, inplace)
 
 
 def value(node: Node) -> Any:
@@ -73,8 +81,8 @@ def value(node: Node) -> Any:
     return node.meta.get("example_value")
 
 
-def is_call_of(node: Node, function: Any) -> bool:
-    return node.op == "call_function" and node.target is function
+def _dtype_of(node: Node) -> Any:
+    return getattr(value(node), "dtype", node)
 
 
 def _callee(node: Node) -> tuple[str, Sequence[inspect.Signature]]:
@@ -118,7 +126,10 @@ def _signatures(target: Any) -> Sequence[inspect.Signature]:
 @functools.cache
 def _aten_signatures(name: str) -> Sequence[inspect.Signature]:
     packet = getattr(torch.ops.aten, name, None)
-    return () if packet is None else get_signature_for_torch_op(packet) or ()
+    try:
+        return () if packet is None else get_signature_for_torch_op(packet) or ()
+    except NameError:  # a type that torch's schemas have and Python has not, such as Stream
+        return ()
 
 
 def _bind(
@@ -137,7 +148,7 @@ def _bind(
 
 
 def _constant(argument: Any) -> Any:
-    """A Python number for a node that holds one: with dynamic shapes Dynamo makes nodes of all floats."""
+    """A Python number for a node that holds one: with dynamic shapes Dynamo does so to floats."""
     if not isinstance(argument, Node):
         return argument
     number = value(argument)
@@ -154,7 +165,7 @@ def _constant(argument: Any) -> Any:
 def clean(graph: Graph) -> None:
     """Drop what computes nothing: casts to the dtype a tensor has, and numbers that nobody reads.
 
-    One of these is the question whether a transform is active, which tracing a fused op leaves behind.
+    Tracing a fused op leaves such a number behind: whether a transform is active.
     """
     for node in reversed(graph.nodes):
         call = normalize(node)
@@ -181,5 +192,5 @@ def _is_number(node: Node) -> bool:
     numbers = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size)
     if node.op not in ("call_function", "call_method") or not isinstance(value(node), numbers):
         return False
-    # an item that is not known yet may be promised to be so by a later assertion
-    return node.target != "item" or _constant(node) is not node
+    # an item of unknown value has named a symbol, which shapes further down may use
+    return not node.is_impure() and (node.target != "item" or _constant(node) is not node)

@@ -1,4 +1,4 @@
-"""nn.Sequential with neighbours run as one op: a Linear with the activation and the dropout that follow it."""
+"""nn.Sequential that runs a Linear, its activation and its dropout as one op."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +17,8 @@ ACTIVATIONS = frozenset(
 class Sequential(nn.Sequential):
     """:class:`torch.nn.Sequential` that runs neighbours of fastdl's classes as one op.
 
-    It has no plan of its own: what belongs together is found at each call, so a hook added later, or a child that was
-    replaced, wrapped or moved since, is run as torch's Sequential runs it.
+    It has no plan of its own: what belongs together is found at each call. A child that got a hook,
+    was replaced, wrapped or moved since is called as torch's Sequential calls it.
     """
 
     def forward(self, input: Any) -> Any:
@@ -42,7 +42,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def group_length(kinds: Sequence[type | None], start: int) -> int:
-    """How many of these classes, from `start` on, are one op. None stands for a module that must be called itself."""
+    """How many classes from `start` on are one op. None stands for a module that must be called."""
     if kinds[start] is not fused.Linear:
         return 1
     end = start + 1

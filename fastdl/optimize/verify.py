@@ -1,5 +1,6 @@
 """Proof that two models compute the same: outputs and every gradient, with float64 as the judge."""
 
+import contextlib
 import json
 import statistics
 from collections.abc import Callable, Mapping
@@ -8,28 +9,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._table import lines as table
 from ..ops._route import policy
-from ._judge import Float64, NoDropout, Run, copied, no_trace, run, widen, without_dropout
-from ._table import table
+from ._judge import Float64, NoDropout, Run, copied, eager, no_trace, run, widen, without_dropout
 from .rules import swap_back
 
 RULE = (
     "an error may be 2x the original's for outputs, 3x for gradients, plus 1e-5 of the tensor's "
-    "largest value; NaN and infinity only where the original or the judge has them"
+    "largest value (for a gradient, of at least 1/1000 of the largest gradient). In tensors of "
+    "under 32 elements the original's counts as its median over all tensors, or more. NaN and "
+    "infinity only where the original or the judge has them."
 )
 OUTPUT_FACTOR, GRADIENT_FACTOR, SLACK = 2.0, 3.0, 1e-5
 
-# A gradient that is zero in theory is noise: its scale is at least this part of the largest gradient.
+# A gradient that is zero in theory is noise: its scale is at least this part of the largest one.
 GRADIENT_FLOOR = 1e-3
 
-# The error of so few elements may be small by luck, so the original's is taken as at least its usual one.
+# The error of so few elements may be small by luck: the original's counts as its usual one.
 FEW = 32
 
 SHOWN = 5
 
 
 class Comparison(NamedTuple):
-    """One tensor: the largest error of the original (before) and of the other model (after) against the judge."""
+    """One tensor: the largest errors of the original (before) and of the other model (after)."""
 
     before: float
     after: float
@@ -66,7 +69,7 @@ class Proof:
         return self.outputs | {f"gradient of {name}": c for name, c in self.gradients.items()}
 
     def worst(self) -> tuple[float, float]:
-        """Errors before and after, relative to the tensor's largest value, where after is the largest."""
+        """Errors before and after where the latter is largest, relative to the tensor's scale."""
         relative = [(c.before / c.scale, c.after / c.scale) for c in self.comparisons.values()]
         return max(relative, key=lambda errors: errors[1])
 
@@ -124,14 +127,19 @@ def verify(
 ) -> Proof:
     """Compare outputs, buffers and the gradients of every parameter and float input of two models.
 
-    `model_a` is the reference: it runs on torch's own classes, without fastdl's kernels, so a model may be verified
-    against itself. Each error is measured against a copy of it in float64. In a tensor, the error of `model_b` may be
-    twice that of `model_a` (three times for gradients) plus 1e-5 of the tensor's largest value; for tensors of a few
-    elements the reference's error counts as at least its median over all tensors.
+    `model_a` is the reference: it runs on torch's own classes, without fastdl's kernels, so a model
+    may be verified against itself. Each error is measured against a copy of it in float64. In each
+    tensor the error of `model_b` may be twice that of `model_a` (three times for gradients) plus
+    1e-5 of the tensor's largest value, which for a gradient counts as at least a thousandth of the
+    largest gradient: one that is zero in theory is noise. In a tensor of under 32 elements the
+    error of `model_a` may be small by luck: it counts as at least half a unit in the last place,
+    and as its median over all tensors. NaN and infinity may stand only where the reference or the
+    judge has them.
 
-    `inputs` is a tensor, a tuple of arguments or a dict of keywords. Backward starts at `loss(output)`, or else at the
-    sum of all outputs with fixed random signs. Models in train mode are compared with every dropout at 0. All runs
-    are on copies: neither model, its gradients and buffers nor the random state is changed.
+    `inputs` is a tensor, a tuple of arguments or a dict of keywords. Backward starts at
+    `loss(output)`, or else at the sum of all outputs with fixed random signs. Models in train mode
+    are compared with every dropout at 0. All runs are on copies: neither model, its gradients and
+    buffers nor the random state is changed.
     """
     args, kwargs = arguments(inputs)
     return prove(model_a, model_b, args, kwargs, loss)
@@ -153,46 +161,36 @@ def prove(
 ) -> Proof:
     """`verify` with the arguments of a call."""
     with no_trace():
-        judge, narrow = _judge(model_a, args, kwargs, loss)
-        with policy("definition"):
+        twin, judge = _reference(model_a), Float64()
+        widen(twin)
+        with policy("definition"), eager():
+            judged = _run(twin, args, kwargs, loss, judge)
             reference = _run(_reference(model_a), args, kwargs, loss)
         result = _run(copied(model_b), args, kwargs, loss)
-    return _compare_runs(reference, result, judge, narrow)
+    return _compare_runs(reference, result, judged, judge.narrow)
 
 
 def _reference(model: nn.Module) -> nn.Module:
-    """A copy on torch's own classes, and not compiled."""
-    twin = copied(getattr(model, "_orig_mod", model))
+    """A copy on torch's own classes."""
+    twin = copied(model)
     for module in twin.modules():
         swap_back(module)
     return twin
 
 
 def _run(
-    model: nn.Module, args: Any, kwargs: Any, loss: Callable[[Any], Tensor] | None
+    twin: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    loss: Callable[[Any], Tensor] | None,
+    judge: Float64 | None = None,
 ) -> Run:
-    if not any(module.training for module in model.modules()):
-        return run(model, args, kwargs, loss)
-    without_dropout(model)
-    with NoDropout():
-        return run(model, args, kwargs, loss)
-
-
-def _judge(
-    model: nn.Module, args: Any, kwargs: Any, loss: Callable[[Any], Tensor] | None
-) -> tuple[Run, str | None]:
-    """The original's run in float64, and the function by which it fell back to less, if any."""
-    twin = _reference(model)
-    widen(twin)
+    mode = judge or contextlib.nullcontext()
+    if not any(module.training for module in twin.modules()):
+        return run(twin, args, kwargs, loss, mode, wide=judge is not None)
     without_dropout(twin)
-    mode, before = Float64(), torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with policy("definition"), NoDropout(), mode:
-            judged = run(twin, args, kwargs, loss, wide=True)
-    finally:
-        torch.set_default_dtype(before)
-    return judged, mode.narrow
+    with NoDropout():
+        return run(twin, args, kwargs, loss, mode, wide=judge is not None)
 
 
 def _compare_runs(a: Run, b: Run, judge: Run, narrow: str | None) -> Proof:
