@@ -1,0 +1,62 @@
+"""Checks of what users call: signatures, errors, modules."""
+
+import inspect
+import pickle
+from copy import deepcopy
+
+import torch
+
+from ..ops._op import LIBRARY_OPS
+from .case import Spec
+from .registry import check
+
+
+@check("op")
+def signatures(spec: Spec, device: str) -> None:
+    """Calls written for torch mean the same here: its parameters come first, in order; ours are keywords."""
+    for ours, torchs in spec.signatures:
+        got = list(inspect.signature(ours).parameters.values())
+        expected = list(inspect.signature(torchs).parameters.values())
+        pairs = zip(got, expected, strict=False)
+        assert all(a.name == b.name and a.default == b.default for a, b in pairs), ours.__name__
+        rest = got[len(expected) :]
+        assert all(p.kind is p.KEYWORD_ONLY for p in rest), f"{ours.__name__}: {rest}"
+
+
+@check("op")
+def errors(spec: Spec, device: str) -> None:
+    """Bad arguments raise what torch raises, and the message says what was given and what is allowed."""
+    for bad in spec.bad_calls:
+        try:
+            bad.like()
+        except Exception as expected:
+            kind = type(expected)
+        else:
+            raise AssertionError(f"{bad.name}: torch does not raise")
+        try:
+            bad.call()
+        except kind as got:
+            for word in bad.says:
+                assert word in str(got), f"{bad.name}: {word!r} is not in {got}"
+        else:
+            raise AssertionError(f"{bad.name}: nothing is raised")
+
+
+@check("op")
+def modules(spec: Spec, device: str) -> None:
+    """Modules have torch's constructor and state, print like torch's, and survive copying and pickling."""
+    for make in spec.modules:
+        ours, torchs, x = make()
+        assert isinstance(ours, type(torchs))
+        assert inspect.signature(type(ours)) == inspect.signature(type(torchs))
+        ours.load_state_dict(torchs.state_dict())
+        assert repr(ours) == repr(torchs)
+        ours, torchs, x = ours.to(device).eval(), torchs.to(device).eval(), x.to(device)
+        for twin in (ours, deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            torch.testing.assert_close(twin(x), torchs(x))
+
+
+@check("op")
+def registered(spec: Spec, device: str) -> None:
+    """The ops that the spec names are in the library."""
+    assert set(spec.library_ops) <= LIBRARY_OPS.keys()

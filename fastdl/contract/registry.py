@@ -1,0 +1,52 @@
+"""The registry of checks: what each runs on."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .case import Case, Spec
+
+Scope = Literal["cases", "exact", "core", "empty", "op"]
+
+
+class Check(NamedTuple):
+    """A check and the cases it runs on; "op" checks run once, on the spec."""
+
+    name: str
+    function: Callable[..., None]
+    scope: Scope
+    by_dtype: bool
+    slow: bool
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def check(scope: Scope, *, by_dtype: bool = False, slow: bool = False) -> Any:
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        name = function.__name__
+        CHECKS[name] = Check(name, function, scope, by_dtype, slow)
+        return function
+
+    return register
+
+
+def cases_of(spec: Spec, scope: Scope) -> list[Case]:
+    """The cases of a spec on which checks of this scope run."""
+    return {
+        "cases": list(spec.cases),
+        "exact": [case for case in spec.cases if case.exact],
+        "core": spec.core,
+        "empty": list(spec.empty),
+        "op": [],
+    }[scope]
+
+
+def same(got: list[Tensor], expected: list[Tensor], what: str) -> None:
+    """Bit equality."""
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}"
+        )
