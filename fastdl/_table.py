@@ -38,21 +38,39 @@ def numeric(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[bool]:
 def show(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Print a table."""
     console = _console()
-    if console is None:
+    widths, gap = _widths(head, rows, console.width) if console else (None, 0)
+    if console is None or widths is None:
         print("\n".join([*filter(None, [title]), *lines(head, rows)]))
         return
     from rich import box
     from rich.table import Table
 
+    if title:
+        console.print(f"\n[bold]{title}")
     table = Table(
-        box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold",
-        pad_edge=False, header_style="cyan",
-    )  # fmt: skip
-    for name, flush in zip(head, numeric(head, rows), strict=True):
-        table.add_column(name, justify="right" if flush else "left", overflow="fold")
+        box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False, header_style="cyan"
+    )
+    for name, flush, width in zip(head, numeric(head, rows), widths, strict=True):
+        table.add_column(name, justify="right" if flush else "left", width=width)
     for row in rows:
         table.add_row(*map(_coloured, row))
     console.print(table)
+
+
+def _widths(
+    head: Sequence[str], rows: Sequence[Sequence[str]], available: int
+) -> tuple[list[int] | None, int]:
+    """Widths and gaps of columns that fit in, with cells broken between words. None: none do."""
+    columns = list(zip(head, *rows, strict=True))
+    widths = [max(map(len, cells)) for cells in columns]
+    words = [max(len(w) for cell in cells for w in cell.split() or [""]) for cells in columns]
+    gap = 2 if sum(words) + 2 * len(words) <= available else 1
+    while sum(widths) + gap * len(widths) > available:
+        spare, widest = max((width - words[i], i) for i, width in enumerate(widths))
+        if not spare:
+            return None, gap
+        widths[widest] -= 1
+    return widths, gap
 
 
 def _coloured(cell: str) -> Any:

@@ -73,7 +73,7 @@ class Error:
 
 def deviation(got: Tensor, truth: Tensor) -> float:
     """The largest distance; infinite where one has a NaN or another infinity and the other has not."""
-    got = got.to(truth.dtype)
+    got, truth = got.detach().to(truth.dtype), truth.detach()
     if got.shape != truth.shape:
         return math.inf
     if not got.numel():

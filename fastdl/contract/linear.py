@@ -53,7 +53,7 @@ CASES = [
     Case("few rows, exact", "slices of K and their sum", call((2,), 9, 300), exact=True),
     Case("many tiles", "the order of tiles", call((150,), 140, 40), exact=True),
     Case("persistent", "descriptors, and programs with several tiles", call((520,), 264, 48, activation="silu"), spelled=True),
-    Case("persistent, exact", "descriptors, and programs with several tiles", call((520,), 264, 24), exact=True),
+    Case("persistent, exact", "descriptors, and programs with several tiles", call((520,), 264, 32), exact=True),
     Case("dropout", "one mask in both passes", call((37,), 42, 24, activation="gelu", dropout_p=0.4), core=True),
     Case("dropout and residual", "the mask before the residual", call((5, 8), 24, 24, residual=True, dropout_p=0.5)),
     Case("dropout of everything", "no division by 1 - p", call((5,), 8, 8, dropout_p=1.0)),

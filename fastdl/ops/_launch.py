@@ -211,10 +211,11 @@ def _specialisation(arg: Any) -> Any:
     """All that Triton compiles an argument for: its type, 16-byte alignment, being 1, needing 64
     bits.
     """
+    kind = type(arg)
+    if kind is int:
+        return 1 if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
+    if kind is float or arg is None:
+        return kind
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
-    if isinstance(arg, int):
-        return 1 if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
-    if isinstance(arg, float) or arg is None:
-        return type(arg)
     return arg.base.dtype, tuple(arg.block_shape)  # a tensor descriptor

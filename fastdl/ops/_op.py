@@ -77,7 +77,7 @@ class LibraryOp:
 def autocast_to_lower(*tensors: Any) -> tuple[Any, ...]:
     """What torch's autocast does to the arguments of a product."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     return _cast(tensors, torch.get_autocast_dtype(device))
 

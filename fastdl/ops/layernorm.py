@@ -1,5 +1,6 @@
 """Layer normalization with the residual before it and the modulation after it."""
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from ._op import (
     gradients,
     second_derivative,
 )
-from ._route import Reason, prefers_torch
+from ._route import Reason
 
 LAYERNORM_FWD = Kernel("layernorm.layernorm_fwd")
 LAYERNORM_BWD = Kernel("layernorm.layernorm_bwd")
@@ -54,9 +55,11 @@ def choose(n_cols: int, dtype: torch.dtype, device: Device, backward: bool) -> C
     elements.
     """
     op = "layer_norm_backward" if backward else "layer_norm"
-    tuned = _tuned.lookup(op, dtype, (n_cols,), device)
-    if tuned is not None:
-        return tuned
+    return _tuned.lookup(op, dtype, (n_cols,), device) or _rule(n_cols, device, backward)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rule(n_cols: int, device: Device, backward: bool) -> Config:
     small = device.backend == "interpreter"
     longest = 128 if small else 8192 if backward else 32768
     if n_cols > longest:
@@ -69,12 +72,41 @@ def choose(n_cols: int, dtype: torch.dtype, device: Device, backward: bool) -> C
     return Config({"ROWS": rows, "BLOCK": block}, warps, 1, "rows")
 
 
+def _candidates(longest: int) -> _tuned.Candidates:
+    """What tuning may pick, of rows up to `longest`."""
+
+    def candidates(dtype: Any, sizes: tuple[int, ...], device: Device) -> list[Config]:
+        (cols,) = sizes
+        block = power_of_2(cols)
+        # tiles of at most `longest` elements, 8 to 64 of them a thread where there are enough
+        tiles = [
+            Config({"ROWS": rows, "BLOCK": block}, warps, 1, "rows")
+            for rows in (1, 2, 4, 8, 16)
+            for warps in (1, 2, 4, 8, 16, 32)
+            if rows * block <= longest and (warps == 1 or 8 <= rows * block // (32 * warps) <= 64)
+        ]
+        if block < 4096 and tiles:
+            return tiles
+        blocks = [
+            Config({"BLOCK": wide}, warps, 1, "wide")
+            for wide in (2048, 4096, 8192)
+            for warps in (4, 8, 16)
+        ]
+        return tiles + blocks
+
+    return candidates
+
+
+_tuned.CANDIDATES["layer_norm"] = _candidates(32768)
+_tuned.CANDIDATES["layer_norm_backward"] = _candidates(8192)
+
+
 def _like(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, dims: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    y = x.new_empty(x.shape)
-    h = x.new_empty(0) if residual is None else x.new_empty(x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    h = x.new_empty(0) if residual is None else torch.empty_like(y)
     mean = x.new_empty(x.shape[: x.dim() - dims], dtype=torch.float32)
     return y, h, mean, torch.empty_like(mean)
 
@@ -128,6 +160,8 @@ def _by_group(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, dims: int
 ) -> tuple[int, Tensor | None, Tensor | None]:
     """The number of groups of rows that share a scale and shift, and these as [groups, columns]."""
+    if scale is None and shift is None:
+        return 1, None, None
     lead = _leading(x, dims, scale, shift)
     groups, n = x.shape[:lead].numel(), x.dim() - dims
     shape = (*x.shape[:lead], *(1 for _ in range(n - lead)), *x.shape[n:])
@@ -156,8 +190,8 @@ def _torch_forward(
 
 def _decline(x: Tensor, *args: Any) -> Reason | None:
     n_cols = x.shape[x.dim() - args[-2] :].numel()
-    config = choose(n_cols, x.dtype, device_of(x), backward=False)
-    return Reason.MEASURED if prefers_torch(config.variant) else None
+    tuned = _tuned.lookup("layer_norm", x.dtype, (n_cols,), device_of(x))
+    return Reason.MEASURED if tuned is not None and tuned.variant == "torch" else None
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -188,21 +222,22 @@ def _backward(
         _dense(dy), _dense(dh), rows, _dense(weight), _dense(bias), group_scale, mean, rstd,
         dx, groups, config, any(needs[1:]),
     )  # fmt: skip
+    if sums is None:
+        return dx, None, None, None, None  # type: ignore[return-value]
+    by_group = sums.view(sums.shape[0], groups, -1, rows.shape[1]).sum(2)
     lead = _leading(h, dims, scale, shift)
     into = ((0, weight), (1, bias), (2, scale), (1 if scale is None else 3, shift))
     factors: Any = [
-        _reduce(sums[kind], h, lead, dims, like) if need else None
+        _into(by_group[kind], h, lead, dims, like) if need else None
         for need, (kind, like) in zip(needs[1:], into, strict=True)
     ]
     return dx, *factors
 
 
-def _reduce(sums: Tensor, h: Tensor, lead: int, dims: int, like: Any) -> Tensor:
-    """Partial sums of columns, added up within groups and then to the shape of their factor."""
+def _into(by_group: Tensor, h: Tensor, lead: int, dims: int, like: Any) -> Tensor:
+    """Sums of columns [groups, columns], summed on to the shape of their factor."""
     n = h.dim() - dims
-    groups, columns = h.shape[:lead], h.shape[n:]
-    by_group = sums.view(groups.numel(), -1, columns.numel()).sum(1)
-    full = by_group.view(*groups, *(1 for _ in range(n - lead)), *columns)
+    full = by_group.view(*h.shape[:lead], *(1 for _ in range(n - lead)), *h.shape[n:])
     return full.sum_to_size(like.shape).to(like.dtype)
 
 
@@ -350,19 +385,23 @@ def _modulates(factor: Tensor, input: Tensor) -> bool:
 def _check(
     input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
 ) -> None:
-    given = f"input is {tuple(input.shape)}, normalized_shape is {shape}"
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
-        raise RuntimeError(f"layer_norm: {given}; it must be the last dimensions of input")
+        raise RuntimeError(
+            f"layer_norm: input is {tuple(input.shape)}, normalized_shape is {shape};"
+            " it must be the last dimensions of input"
+        )
     for name, factor in (("weight", weight), ("bias", bias)):
         if factor is None:
             continue
         if tuple(factor.shape) != shape:
             raise RuntimeError(
-                f"layer_norm: {given}, {name} is {tuple(factor.shape)}; must be the same"
+                f"layer_norm: normalized_shape is {shape}, {name} is {tuple(factor.shape)};"
+                " they must match"
             )
         if factor.device != input.device:
             raise RuntimeError(
-                f"layer_norm: input is on {input.device}, {name} on {factor.device}; must match"
+                f"layer_norm: input is on {input.device}, {name} on {factor.device};"
+                " they must match"
             )
 
 

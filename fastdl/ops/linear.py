@@ -1,5 +1,6 @@
 """Linear layers with what follows them: dropout(act(x Wᵀ + b)) + residual."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +24,7 @@ from ._op import (
     second_derivative,
 )
 from ._rng import dropout
-from ._route import Reason, prefers_torch
+from ._route import Reason
 from .activation import (
     ACTIVATIONS,
     Activations,
@@ -80,13 +81,9 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 def choose(M: int, N: int, K: int, dtype: torch.dtype, device: Device, layout: Layout) -> Config:
-    """The launch configuration: a measured one, else by rule.
-
-    The interpreter takes the same decisions, on blocks and shapes a quarter as long.
-    """
+    """The launch configuration: a measured one, else by rule."""
     small = device.backend == "interpreter"
-    aligned = layout == "aligned" and N % 16 == 0
-    if layout == "strided" or not (aligned or small):
+    if layout == "strided" or not (small or (layout == "aligned" and N % 16 == 0)):
         # rows that cannot be moved 16 bytes at a time: torch's product, then our one pass over it
         return GEMM
     tma = layout == "aligned" and dtype != torch.float32 and (small or device.has_tma)
@@ -94,9 +91,14 @@ def choose(M: int, N: int, K: int, dtype: torch.dtype, device: Device, layout: L
     if tuned is not None and (tma or tuned.variant != "persistent"):
         return _fitting(tuned, dtype, device)
     if dtype == torch.float32 and not small and not _tf32():
-        # exact fp32 has no tensor cores: the same
-        return GEMM
-    scale = 4 if small else 1
+        return GEMM  # exact fp32 has no tensor cores
+    return _rule(M, N, K, dtype, device, tma)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rule(M: int, N: int, K: int, dtype: torch.dtype, device: Device, tma: bool) -> Config:
+    """The interpreter takes the same decisions, on blocks and shapes a quarter as long."""
+    scale = 4 if device.backend == "interpreter" else 1
     if scale * M <= 64:
         # few rows: weight tiles take the tensor cores' long side
         config = _tiles(max(16, power_of_2(M)), 128 // scale, 128 // scale, 4, 3, swap=1)
@@ -158,6 +160,9 @@ def candidates(dtype: torch.dtype) -> list[Config]:
         Config(_blocks(128, 128, 64, 8), 8, 4, variant="persistent"),
         GEMM,
     ]
+
+
+_tuned.CANDIDATES["linear"] = lambda dtype, sizes, device: candidates(dtype)
 
 
 def _tf32() -> bool:
@@ -271,8 +276,8 @@ def _decline(x: Tensor, weight: Tensor, *args: Any) -> Reason | None:
     N, K = weight.shape
     if N == 0 or K == 0:
         return Reason.EMPTY
-    config = choose(_rows(x), N, K, x.dtype, device_of(x), "aligned")
-    return Reason.MEASURED if prefers_torch(config.variant) else None
+    tuned = _tuned.lookup("linear", x.dtype, (_rows(x), N, K), device_of(x))
+    return Reason.MEASURED if tuned is not None and tuned.variant == "torch" else None
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -407,17 +412,22 @@ def _adds_in_place(residual: Tensor, input: Tensor, weight: Tensor) -> bool:
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    given = f"input is {tuple(input.shape)}, weight is {tuple(weight.shape)}"
     if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        raise RuntimeError(f"linear: {given}; allowed are input (..., in) and weight (out, in)")
+        raise RuntimeError(
+            f"linear: input is {tuple(input.shape)}, weight is {tuple(weight.shape)};"
+            " allowed are input (..., in) and weight (out, in)"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(f"linear: {given}, bias is {tuple(bias.shape)}; allowed is bias (out,)")
+        raise RuntimeError(
+            f"linear: weight is {tuple(weight.shape)}, bias is {tuple(bias.shape)};"
+            " allowed are weight (out, in) and bias (out,)"
+        )
     for name, other in (("weight", weight), ("bias", bias)):
         if other is None:
             continue
         if other.dtype != input.dtype:
             raise RuntimeError(
-                f"linear: input is {input.dtype}, {name} is {other.dtype}; they must be the same"
+                f"linear: input is {input.dtype}, {name} is {other.dtype}; they must match"
             )
         if other.device != input.device:
             raise RuntimeError(

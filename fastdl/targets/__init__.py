@@ -19,9 +19,10 @@ def _targets(
 ) -> Any:
     """Compile what `ops` (all of them) launch on `targets`, with no GPU, and judge the binaries.
 
-    At most `limit` binaries an op and target, kernels and configurations covered first; None is all of them. `configs`,
-    entries of a tuned table, are compiled instead of what the op would choose. `progress(done, of)` is called as binaries
-    are ready. The result prints as a table; `.failures` are the rows that break a rule, `.to_json()` holds everything.
+    At most `limit` binaries an op and target, kernels and configurations covered first; None is all
+    of them. `configs`, entries of a tuned table, are compiled instead of what the op would choose.
+    `progress(done, of)` is called as binaries are ready. The result prints as a table; `.failures`
+    are the rows that break a rule, `.to_json()` holds everything.
     """
     from .run import compile_all
 

@@ -21,7 +21,7 @@ from .record import Specialisation
 
 @dataclass
 class Facts:
-    """What the compiler made of a kernel. `counts` are instructions of the whole program, by class."""
+    """What the compiler made of a kernel. `counts` are instructions of all of it, by class."""
 
     registers: int = 0
     spills: int = 0
@@ -36,7 +36,7 @@ class Facts:
 
 
 class _Driver:
-    """Stands in for the driver of a GPU, so that Triton's own launcher specialises and compiles for it."""
+    """Stands in for a GPU's driver, so that Triton's own launcher specialises and compiles."""
 
     def __init__(self, target: Target) -> None:
         device = target.device
@@ -72,7 +72,8 @@ def facts(spec: Specialisation, target: Target) -> Facts:
 
 def _sentence(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+    told = [line for line in lines if "error" in line.lower()] or lines[-1:]
+    return f"{type(error).__name__}: {' '.join(told[:1])}"[:300]
 
 
 def _mock(arg: str) -> Any:

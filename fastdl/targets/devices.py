@@ -7,7 +7,7 @@ from ..ops._launch import Device, cdiv
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU: what launch rules ask of it, and what one of its processors has to share among programs.
+    """A GPU: what launch rules ask of it, and what programs on one of its processors share.
 
     `registers` are those of one lane's share of the processor: programs take them by warp.
     """

@@ -1,4 +1,4 @@
-"""Worker processes, each driven by a thread of this one. A compiler that crashes takes one request with it."""
+"""Worker processes, a thread of this one for each. A compiler that crashes costs one request."""
 
 import json
 import os
@@ -56,7 +56,7 @@ class _Worker:
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), env.get("PYTHONPATH")]))
         env["OMP_NUM_THREADS"] = "1"
-        self.stderr = tempfile.TemporaryFile("w+")
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the worker)
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"{package}.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=env,
@@ -79,7 +79,7 @@ class _Worker:
         raise WorkerError(f"the compiler's process ended with status {status}: {last}")
 
     def close(self) -> None:
-        """The end of its input ends a worker."""
+        """A worker ends when its input does."""
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
             stream.close()

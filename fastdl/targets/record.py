@@ -1,4 +1,4 @@
-"""Which binaries an op needs: its contract's calls walk through the launchers on meta tensors, and launch nothing."""
+"""Which binaries an op needs: the calls of its contract, on meta tensors, launching nothing."""
 
 import contextlib
 import copy
@@ -12,10 +12,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from .. import functional as FF
 from ..contract import DTYPES, SPECS, Maker
 from ..ops import _launch, _tuned
 from ..ops._op import LIBRARY_OPS
 from ..ops._route import policy
+from ..ops.activation import ACTIVATIONS
 from .devices import Target
 
 
@@ -23,8 +25,8 @@ from .devices import Target
 class Specialisation:
     """All that Triton compiles a launch for, in a form that travels between processes.
 
-    An argument is "bfloat16 16" for a pointer (aligned to 16 bytes), "bfloat16 128x64" for a tensor descriptor, "i32"
-    or "i64 16" for a whole number (a multiple of 16), "1", "float" or "none".
+    An argument is "bfloat16 16" for a pointer (aligned to 16 bytes), "bfloat16 128x64" for a tensor
+    descriptor, "i32" or "i64 16" for a whole number (a multiple of 16), "1", "float" or "none".
     """
 
     op: str
@@ -95,7 +97,7 @@ def _dtype(tensor: Tensor) -> str:
 def specialisations(
     op: str, target: Target, configs: Iterable[Mapping[str, Any]] | None = None
 ) -> list[Specialisation]:
-    """What the op compiles on the target: for the benchmark's shapes, for all that tuning may pick, for every case.
+    """What the op compiles: for the benchmark's shapes, all that tuning may pick, and every case.
 
     With `configs`, entries of a tuned table, only what these compile on the benchmark's shapes.
     """
@@ -114,9 +116,29 @@ def specialisations(
     return list(found)
 
 
+def _linear(m: int, n: int, k: int, **options: Any) -> Callable[[Maker], "partial[Any]"]:
+    def make(t: Maker) -> "partial[Any]":
+        return partial(FF.linear, t(m, k), t(n, k), t(n), residual=t(m, n), **options)
+
+    return make
+
+
+# Calls that need more registers than the benchmark's: all there is to finish, and odd rows.
+HEAVY = {
+    "linear": [
+        *(_linear(4096, 4096, 1024, activation=name, dropout_p=0.1) for name in ACTIVATIONS),
+        _linear(4096, 4095, 1024, activation="gelu", dropout_p=0.1),
+        _linear(4095, 4095, 1023, activation="gelu", dropout_p=0.1),
+    ]
+}
+
+
 def _runs(op: str) -> Iterator[Callable[[], None]]:
     spec = SPECS[op]
     yield from _benchmark(op)
+    for make in HEAVY.get(op, ()):
+        for dtype in (torch.bfloat16, torch.float32):
+            yield partial(_run, make, dtype)
     yield from _forced(op, _candidates(op))
     for case in spec.cases:
         for dtype in DTYPES:
@@ -144,8 +166,8 @@ def _forced(
     for dtype in DTYPES:
         for config in configs(dtype):
             chosen = _launch.Config(**config) if isinstance(config, Mapping) else config
-            for case in SPECS[op].bench:
-                yield partial(_run_as, op, chosen, case.make, dtype)
+            for make in [*(case.make for case in SPECS[op].bench), *HEAVY.get(op, ())[-2:]]:
+                yield partial(_run_as, op, chosen, make, dtype)
 
 
 def _run_as(op: str, config: _launch.Config, make: Any, dtype: torch.dtype) -> None:
@@ -157,8 +179,11 @@ def _run_as(op: str, config: _launch.Config, make: Any, dtype: torch.dtype) -> N
 
 
 def _run(
-    make: Callable[[Maker], "partial[Any]"], dtype: torch.dtype, grad: bool = True, tf32: bool = False
-) -> None:  # fmt: skip
+    make: Callable[[Maker], "partial[Any]"],
+    dtype: torch.dtype,
+    grad: bool = True,
+    tf32: bool = False,
+) -> None:
     call = make(Maker(dtype, device="meta", grad=grad))
     options = {name: _on_meta(value, dtype) for name, value in call.keywords.items()}
     with _precision("tf32" if tf32 else "ieee"):
@@ -184,16 +209,20 @@ def _precision(value: str) -> Iterator[None]:
 
 
 def pick(found: list[Specialisation], limit: int | None) -> list[Specialisation]:
-    """At most `limit` of them, so that kernels, then configurations, dtypes and alignments are covered first."""
+    """At most `limit` of them: kernels first, then types, alignments and configurations of each."""
     if limit is None or len(found) <= limit:
         return found
-    left, picked, seen = dict.fromkeys(found), [], set[Any]()
+    picked: dict[Specialisation, None] = {}
+    seen: set[Any] = set()
+
+    def news(s: Specialisation) -> int:
+        return sum(weight for feature, weight in _features(s) if feature not in seen)
+
     while len(picked) < limit:
-        best = max(left, key=lambda s: sum(w for f, w in _features(s) if f not in seen))
-        del left[best]
-        picked.append(best)
+        best = max((s for s in found if s not in picked), key=news)
+        picked[best] = None
         seen.update(feature for feature, _ in _features(best))
-    return picked
+    return list(picked)
 
 
 def _features(s: Specialisation) -> list[tuple[Any, int]]:
@@ -205,6 +234,6 @@ def _features(s: Specialisation) -> list[tuple[Any, int]]:
         ((s.kernel, s.aligned), 40),
         ((s.kernel, launch), 20),
         ((s.kernel, s.dtype), 5),
-        ((s.kernel, tuple(arg == "none" for arg in s.args)), 2),
+        ((s.kernel, s.aligned, tuple(arg == "none" for arg in s.args)), 3),
         ((s.kernel, s.constants), 1),
     ]

@@ -26,7 +26,9 @@ def compile_all(
         if name not in SPECS:
             raise ValueError(f"targets: no op {name!r}, allowed are {', '.join(SPECS)}")
     pairs = [(op, target_of(target).name) for target in targets for op in names]
-    wanted = [{"op": op, "target": target, "limit": limit, "configs": configs} for op, target in pairs]  # fmt: skip
+    wanted = [
+        {"op": op, "target": target, "limit": limit, "configs": configs} for op, target in pairs
+    ]
     with pool() as workers:
         recorded = workers.map(Pool.request, wanted)
         jobs = [

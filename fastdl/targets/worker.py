@@ -1,4 +1,4 @@
-"""A process that records and compiles, without Triton's interpreter. One JSON request and one answer a line."""
+"""A process that records and compiles, without Triton's interpreter: a line of JSON in, one out."""
 
 import dataclasses
 import json

@@ -1,6 +1,6 @@
 """Measured launch configurations: where the tables are, how they are read and written."""
 
-from ..ops._launch import Config, Device
+from ..ops._launch import Config, Device, device_of
 from ..ops._tuned import (
     CANDIDATES,
     MAX_BYTES,
@@ -25,6 +25,7 @@ __all__ = [
     "Config",
     "Device",
     "check",
+    "device_of",
     "forced",
     "forget",
     "key_of",

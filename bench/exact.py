@@ -1,0 +1,108 @@
+"""Every launch configuration of the products on small integers, where every rounding is exact."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+
+import fastdl
+import fastdl.functional as FF
+from bench.machine import poisoned
+from fastdl.tuned import Config, Device, forced
+from fastdl.tuned.tune import configs
+
+# (M, N, K): whole tiles, tails in rows of 16, tails everywhere, few rows, many steps.
+SHAPES = ((512, 512, 512), (300, 272, 208), (130, 77, 199), (5, 528, 1040), (64, 96, 8192))
+# A race shows now and then.
+REPEATS = 100
+# Whole numbers up to here are exact in bfloat16, and so is every partial sum in fp32 and tf32.
+LARGEST = 256
+
+
+class Exact(NamedTuple):
+    """One configuration at one shape."""
+
+    dtype: torch.dtype
+    tf32: bool
+    config: Config
+    sizes: tuple[int, int, int]
+
+    @property
+    def name(self) -> str:
+        config, blocks = self.config, " ".join(f"{k}={v}" for k, v in self.config.blocks.items())
+        dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        numbers = f"warps={config.num_warps} stages={config.num_stages} splits={config.splits}"
+        return f"{dtype} {'x'.join(map(str, self.sizes))} {config.variant} {blocks} {numbers}"
+
+
+def exact_cases(facts: Device, shapes: Any = SHAPES) -> Iterator[Exact]:
+    some = shapes[1:2]  # float16 takes the same path as bfloat16
+    kinds = ((torch.bfloat16, False, shapes), (torch.float16, False, some))
+    kinds += ((torch.float32, False, shapes), (torch.float32, True, shapes))
+    for dtype, tf32, of_kind in kinds:
+        for sizes in of_kind:
+            for config in fewest_and_most_splits(configs("linear", dtype, sizes, facts)):
+                yield Exact(dtype, tf32, config, sizes)
+
+
+def fewest_and_most_splits(found: Iterable[Config]) -> Iterator[Config]:
+    for _, group in groupby(found, key=lambda config: replace(config, splits=1)):
+        splits = list(group)
+        yield from {config.splits: config for config in (splits[0], splits[-1])}.values()
+
+
+def check_exact(case: Exact, device: str, repeats: int = REPEATS) -> dict[str, Any]:
+    """Compare with a product in fp64, bit by bit, so many times."""
+    x, w, b, residual, want = integers(case, device)
+    call = partial(FF.linear, x, w, b, activation="relu", residual=residual)
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    with (
+        torch.no_grad(),
+        fastdl.policy("fused", on_fallback="error"),
+        forced("linear", case.dtype, case.sizes, case.config),
+        _tf32(case.tf32),
+        poisoned(),
+    ):
+        launched = fastdl.explain(call).launches[0].config
+        # torch's product leaves no launch of its own to be seen
+        same = replace(launched, source=case.config.source) == case.config
+        if not same and case.config.variant != "gemm":
+            return {"ok": True, "applies": False, "says": "does not apply to these strides"}
+        for _ in range(repeats):
+            wrong += (call() != want).sum()
+    count = int(wrong)
+    says = f"{repeats} times exact" if not count else f"{count} wrong elements in {repeats} runs"
+    return {"ok": not count, "applies": True, "wrong": count, "repeats": repeats, "says": says}
+
+
+def integers(case: Exact, device: str) -> tuple[torch.Tensor, ...]:
+    """Inputs of -1, 0 and 1, zeros so many that sums stay small, and relu(x Wᵀ + b) + residual."""
+    M, N, K = case.sizes
+    dense = min(1.0, 25.0 / K**0.5)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, low: int = -1, high: int = 1, keep: float = 1.0) -> torch.Tensor:
+        values = torch.randint(low, high + 1, shape, generator=generator)
+        kept = torch.rand(shape, generator=generator) < keep
+        return (values * kept).to(case.dtype).to(device)
+
+    x, w = draw(M, K, keep=dense), draw(N, K, keep=dense)
+    b, residual = draw(N, low=-8, high=8), draw(M, N, low=-8, high=8)
+    want = torch.relu(x.double() @ w.double().T + b.double()) + residual.double()
+    assert want.abs().max() <= LARGEST, "the inputs are too large to be exact"
+    return x, w, b, residual, want.to(case.dtype)
+
+
+class _tf32:
+    def __init__(self, on: bool) -> None:
+        self.wanted = "tf32" if on else "ieee"
+
+    def __enter__(self) -> None:
+        self.before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = self.wanted
+
+    def __exit__(self, *error: object) -> None:
+        torch.backends.cuda.matmul.fp32_precision = self.before

@@ -1,0 +1,266 @@
+"""Tests and timings on a GPU, in stages that can be stopped and taken up again.
+
+    PYTHONPATH=. python bench/gpu.py [--stage exact --stage layer_norm] [--again] [--list]
+
+Each stage runs in a process of its own and writes bench/results/<gpu>/<stage>.json row by row.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastdl
+from bench import rows
+from bench.exact import check_exact, exact_cases
+from bench.machine import Host, folder_name, machine
+from bench.store import RESULTS, Row, Store, provenance, read
+from fastdl.contract import SPECS
+from fastdl.tuned import Device, device_of, packaged_file
+
+FAILED, USAGE, UNFINISHED = 1, 2, 3
+
+Work = Callable[[], Row]
+
+
+@dataclass
+class Context:
+    """What a stage needs to know."""
+
+    machine: Host
+    options: argparse.Namespace
+
+    @property
+    def facts(self) -> Device:
+        """Of the GPU, or to list what would run, of one that is not here."""
+        if not torch.cuda.is_available():
+            return Device("none", "cuda", 90, sms=132, shared=232448)
+        return device_of(torch.empty(0, device="cuda"))
+
+    @cached_property
+    def ceilings(self) -> rows.Ceilings:
+        found = rows.ceilings(self.machine)
+        rates = ", ".join(
+            f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in found.matmul.items()
+        )
+        print(f"ceilings: copy {found.copy / 1e12:.2f} TB/s, {rates}", flush=True)
+        return found
+
+
+def check_stage(context: Context) -> Iterator[tuple[str, Work]]:
+    """The contract of every op."""
+
+    def work(op: str) -> Row:
+        report = fastdl.check([op], device=context.machine.device)
+        return {"ok": report.ok, "says": str(report), "report": json.loads(report.to_json())}
+
+    for op in SPECS:
+        yield op, partial(work, op)
+
+
+def exact_stage(context: Context) -> Iterator[tuple[str, Work]]:
+    """Every launch configuration on small integers, bit by bit."""
+    for case in exact_cases(context.facts):
+        yield case.name, partial(check_exact, case, context.machine.device)
+
+
+def ceilings_stage(context: Context) -> Iterator[tuple[str, Work]]:
+    """What the GPU does at best."""
+
+    def work() -> Row:
+        found = context.ceilings
+        return {"ok": True, "says": "", **found._asdict()}
+
+    yield "ceilings", work
+
+
+def timing_stage(op: str) -> Callable[[Context], Iterator[tuple[str, Work]]]:
+    def stage(context: Context) -> Iterator[tuple[str, Work]]:
+        compiled = not context.options.no_compile
+        for case in SPECS[op].bench:
+
+            def work(case: Any = case) -> Row:
+                found = rows.measure(case, context.machine, context.ceilings, compiled=compiled)
+                return {**found, "ceilings": context.ceilings._asdict()}
+
+            yield case.name, work
+
+    stage.__doc__ = f"Timings of {op}."
+    return stage
+
+
+def tune_stage(context: Context) -> Iterator[tuple[str, Work]]:
+    """Launch configurations for the table that ships."""
+
+    def work(op: str, share: int) -> Row:
+        path = packaged_file(context.machine.name)
+        show = partial(print, flush=True)
+        seconds = 60 * context.options.minutes / share
+        report = fastdl.tune(op, budget_s=seconds, path=path, progress=show)
+        table = json.loads(path.read_text()) if path.exists() else {}
+        says = f"{len(report.rows)} entries in {path.name}, {len(report.skipped)} skipped"
+        return {"ok": bool(report.rows), "says": says, "table": table, "skipped": report.skipped}
+
+    ops = ("linear", "layer_norm", "layer_norm_backward")
+    for number, op in enumerate(ops):
+        yield op, partial(work, op, len(ops) - number + 1)
+
+
+STAGES: dict[str, Callable[[Context], Iterator[tuple[str, Work]]]] = {
+    "check": check_stage,
+    "exact": exact_stage,
+    "ceilings": ceilings_stage,
+    **{op: timing_stage(op) for op in SPECS},
+    "tune": tune_stage,
+}
+
+
+def run_stage(
+    stage: str, context: Context, store: Store, clock: Callable[[], float] = time.monotonic
+) -> int:
+    """Work off the rows of a stage that are not done, as far as there is time."""
+    until = clock() + 60 * context.options.minutes
+    code, undone = 0, 0
+    for name, work in STAGES[stage](context):
+        if store.done(name) and not context.options.again:
+            continue
+        if clock() >= until:
+            undone += 1
+            continue
+        row = guarded(work)
+        store.put(name, row)
+        code = code if row["ok"] else FAILED
+        left = max(until - clock(), 0)
+        print(f"{stage}  {name}: {row['says']}  ({left:.0f} s left)", flush=True)
+        if row.get("fatal"):
+            return FAILED
+    if undone:
+        print(f"{stage}: no time for {undone} more; run it again to go on", flush=True)
+    return code or (UNFINISHED if undone else 0)
+
+
+def guarded(work: Work) -> Row:
+    """The row, or the error as a row: the next one may run, unless the device is lost."""
+    try:
+        return work()
+    except Exception as error:
+        row = {"ok": False, "says": f"{type(error).__name__}: {error}"}
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        row["fatal"] = True
+    return row
+
+
+def run_all(options: argparse.Namespace, folder: Path) -> int:
+    """One process a stage: a device error in one does not reach the next."""
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **better_ptxas()}
+    codes = {}
+    for stage in options.stage or STAGES:
+        print(f"--- {stage}", flush=True)
+        command = [sys.executable, __file__, "--child", stage, "--minutes", str(options.minutes)]
+        command += ["--out", str(options.out)] + ["--again"] * options.again
+        command += ["--no-compile"] * options.no_compile
+        try:
+            # a row that was begun may finish
+            limit = 60 * options.minutes + 90
+            codes[stage] = subprocess.run(command, env=environment, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            print(f"{stage}: stopped; run it again to go on", flush=True)
+            codes[stage] = UNFINISHED
+    print(summary(folder, codes))
+    bad = [code for code in codes.values() if code not in (0, UNFINISHED)]
+    return FAILED if bad else max(codes.values(), default=0)
+
+
+PROBE = """
+import torch, fastdl, fastdl.functional as FF
+with fastdl.policy("fused", on_fallback="error"):
+    x = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
+    torch.testing.assert_close(FF.linear(x, x), torch.nn.functional.linear(x, x))
+"""
+
+
+def better_ptxas() -> dict[str, str]:
+    """A ptxas without the known mistake, if the one in use has it and the driver loads its code."""
+    environment = fastdl.env()
+    if not any("ptxas" in problem for problem in environment.problems):
+        return {}
+    print(f"ptxas {environment.ptxas} miscompiles products with operand A in registers on sm_90")
+    if environment.better_ptxas is None:
+        print("no newer ptxas is installed; no kernel that runs here needs one", flush=True)
+        return {}
+    use = {"TRITON_PTXAS_PATH": environment.better_ptxas}
+    probe = subprocess.run([sys.executable, "-c", PROBE], env={**os.environ, **use}, timeout=300)
+    works = probe.returncode == 0
+    print(f"{environment.better_ptxas}: {'used' if works else 'does not work here'}", flush=True)
+    return use if works else {}
+
+
+def summary(folder: Path, codes: dict[str, int]) -> str:
+    """All stages that were asked for, rows that failed first, then the timings."""
+    lines = ["", f"{'stage':12} {'rows':>5} {'failed':>7}"]
+    timings = []
+    for stage, code in codes.items():
+        table = (read(folder / f"{stage}.json") or {"rows": {}})["rows"]
+        failed = [f"  {name}: {row['says']}" for name, row in table.items() if not row["ok"]]
+        state = {0: "", UNFINISHED: "not finished"}.get(code, "FAILED")
+        lines += [f"{stage:12} {len(table):5} {len(failed):7}  {state}", *failed]
+        timings += [
+            f"{stage:12} {name:36} {row['says']}"
+            for name, row in table.items()
+            if "roofline" in row
+        ]
+    return "\n".join([*lines, "", *timings])
+
+
+def listing(context: Context) -> str:
+    lines = []
+    for stage in context.options.stage or STAGES:
+        names = [name for name, _ in STAGES[stage](context)]
+        lines += [f"{stage} ({len(names)} rows): {STAGES[stage].__doc__}"]
+        lines += [f"  {name}" for name in names]
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stage", action="append", choices=STAGES, help="default: all")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there")
+    parser.add_argument("--list", action="store_true", help="say what would run; needs no GPU")
+    parser.add_argument("--minutes", type=float, default=8, help="for each stage; default: 8")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
+    parser.add_argument("--child", choices=STAGES, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    context = Context(machine(), options)
+    if options.list:
+        print(listing(context))
+        return 0
+    if not torch.cuda.is_available():
+        print("gpu: torch sees no GPU; --list shows what would run on one", file=sys.stderr)
+        return USAGE
+    folder = options.out / folder_name(context.machine.name)
+    if options.child is None:
+        return run_all(options, folder)
+    run = provenance(json.loads(fastdl.env().to_json()))
+    return run_stage(options.child, context, Store(folder, options.child, run))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

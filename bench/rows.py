@@ -1,0 +1,269 @@
+"""One row of the benchmark: a case timed as fused, as torch's own calls, and compiled."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastdl
+import fastdl.functional as FF
+from bench.interleave import Stats, interleave, summarize
+from bench.machine import Host, OnSet
+from fastdl.contract import BenchCase, Maker
+from fastdl.contract.evaluate import FORWARD, GRADIENT, Error, Run, compare, cotangents, floats, run
+
+# One graph is at least this long, and has at most so many calls.
+GRAPH_US, MOST_CALLS, MOST_SETS, CALLS_FROM_PYTHON = 1000.0, 512, 64, 50
+
+# Flops and bytes of forward and backward together, over those of forward alone. Forward reads one
+# tensor and writes one; backward reads two and writes one.
+BOTH_FLOPS, BOTH_BYTES = 3.0, 2.5
+
+
+class Ceilings(NamedTuple):
+    """What this GPU does at best, measured in the same run: bytes and, by dtype, flops a second."""
+
+    copy: float
+    matmul: dict[str, float]
+
+
+def activated(y: Tensor, activation: Any, dropout_p: float = 0.0, training: bool = True) -> Tensor:
+    name, *parameters = activation if isinstance(activation, tuple) else (activation,)
+    if name == "gelu_tanh":
+        y = F.gelu(y, approximate="tanh")
+    elif name is not None:
+        y = getattr(F, name)(y, *parameters)
+    return F.dropout(y, dropout_p, training) if dropout_p else y
+
+
+def torch_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    activation: Any = None, residual: Tensor | None = None, dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:  # fmt: skip
+    y = activated(F.linear(input, weight, bias), activation, dropout_p, training)
+    return y if residual is None else y + residual
+
+
+def torch_layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, *, residual: Tensor | None = None, prenorm: bool = False,
+    scale: Tensor | None = None, shift: Tensor | None = None,
+) -> Any:  # fmt: skip
+    h = input if residual is None else input + residual
+    y = F.layer_norm(h, normalized_shape, weight, bias, eps)
+    y = y if scale is None else y * (1 + scale)
+    y = y if shift is None else y + shift
+    return (y, h) if prenorm else y
+
+
+def torch_activation(
+    input: Tensor, name: Any, *, dropout_p: float = 0.0, training: bool = True
+) -> Tensor:
+    return activated(input, name, dropout_p, training)
+
+
+# What a user writes without us.
+TORCH: dict[Any, Callable[..., Any]] = {
+    FF.linear: torch_linear,
+    FF.layer_norm: torch_layer_norm,
+    FF.activation: torch_activation,
+    FF.dropout: F.dropout,
+}
+
+
+def vendor(call: "partial[Any]", backward: bool) -> Callable[..., Any] | None:
+    """A single call of torch that does more of it than what users write: for inference."""
+    options = call.keywords
+    act = options.get("activation")
+    extras = options.keys() - {"activation"}
+    if call.func is not FF.linear or backward or extras or len(call.args) < 3:
+        return None
+    if act not in ("relu", "gelu_tanh") or call.args[2] is None:
+        return None
+    gelu = act == "gelu_tanh"
+    return lambda x, w, b, activation: torch._addmm_activation(b, x, w.t(), use_gelu=gelu)
+
+
+class Prepared(NamedTuple):
+    """The contenders of a case, each a function of the number of a set of inputs."""
+
+    calls: dict[str, OnSet]
+    sets: int
+    set_bytes: int
+    first: "partial[Any]"
+
+
+def prepare(case: BenchCase, machine: Host, compiled: bool = True) -> Prepared:
+    """Several sets of inputs, so that none is in the cache when its turn comes."""
+    makers, calls = [], []
+
+    def add() -> None:
+        maker = Maker(case.dtype, device=machine.device, grad=case.backward, seed=len(makers))
+        calls.append(case.make(maker))
+        makers.append(maker)
+
+    add()
+    set_bytes = sum(leaf.nbytes for leaf in makers[0].leaves)
+    for _ in range(min(math.ceil(machine.cold_bytes / set_bytes), MOST_SETS) - 1):
+        add()
+    plain = TORCH[calls[0].func]
+    forms = {"torch": plain, "fused": calls[0].func, "vendor": vendor(calls[0], case.backward)}
+    if compiled:
+        torch._dynamo.reset()
+        forms["compile"] = torch.compile(plain, dynamic=False)
+    passes = _both if case.backward else _forward
+    found = {name: passes(form, calls, makers) for name, form in forms.items() if form}
+    try:
+        found.get("compile", lambda i: None)(0)
+    except Exception:
+        del found["compile"]  # what torch cannot compile is no contender
+    return Prepared(found, len(calls), set_bytes, calls[0])
+
+
+def _forward(form: Callable[..., Any], calls: list["partial[Any]"], makers: Any) -> OnSet:
+    def call(i: int) -> Any:
+        with torch.no_grad():
+            return form(*calls[i].args, **calls[i].keywords)
+
+    return call
+
+
+def _both(form: Callable[..., Any], calls: list["partial[Any]"], makers: list[Maker]) -> OnSet:
+    """Forward, and the gradients of all inputs."""
+    shapes = floats(calls[0]())
+    upstream = [cotangents(maker, shapes) for maker in makers]
+
+    def call(i: int) -> Any:
+        outputs = floats(form(*calls[i].args, **calls[i].keywords))
+        return torch.autograd.grad(outputs, makers[i].leaves, upstream[i])
+
+    return call
+
+
+def error(case: BenchCase, device: str) -> Error:
+    """Against fp64, by the rule of the contract."""
+
+    def once(mode: str, dtype: torch.dtype) -> Run:
+        maker = Maker(case.dtype, dtype, device=device, grad=case.backward)
+        return run(case, maker, mode, backward=case.backward)
+
+    fused, definition = once("fused", case.dtype), once("definition", case.dtype)
+    truth = once("definition", torch.float64)
+    found = compare(fused.outputs, definition.outputs, truth.outputs, FORWARD)
+    if case.backward:
+        args = (fused.gradients, definition.gradients, truth.gradients)
+        found = found.worst(compare(*args, GRADIENT))
+    return found
+
+
+def measure(
+    case: BenchCase, machine: Host, ceilings: Ceilings, *, compiled: bool = True,
+    rounds: int = 21, warm_s: float = 0.2,
+) -> dict[str, Any]:  # fmt: skip
+    """The row: right or not, times in a graph and called from Python, memory, share of the roof."""
+    wrong = error(case, machine.device)
+    if not wrong.ok:
+        says = f"off by {wrong.ours:.2e}, allowed is {wrong.allowed:.2e}"
+        return {"ok": False, "says": says, "error": vars(wrong)}
+    with fastdl.policy("fused", on_fallback="error"):
+        prepared = prepare(case, machine, compiled)
+        launched = fastdl.explain(prepared.first).launches
+        times, calls, no_graph = _times(prepared, machine, rounds, warm_s)
+        peaks = {n: machine.peak_bytes(partial(c, 0)) for n, c in prepared.calls.items()}
+    flops = case.flops * (BOTH_FLOPS if case.backward else 1)
+    moved = case.bytes * (BOTH_BYTES if case.backward else 1)
+    row = {
+        "ok": True, "dtype": str(case.dtype).removeprefix("torch."), "backward": case.backward,
+        "bytes": moved, "flops": flops, "error": vars(wrong), "launches": [*map(str, launched)],
+        "sets": prepared.sets, "calls": calls, "no_graph": no_graph,
+        "cold": prepared.sets * prepared.set_bytes >= machine.cold_bytes, "peak_bytes": peaks,
+    }  # fmt: skip
+    row |= {how: _summary(of_how) for how, of_how in times.items()}
+    row["how"] = "graph" if "graph" in row else "python"
+    us = row[row["how"]]["contenders"]["fused"]["us"]
+    row["roofline"] = roof_us(flops, moved, case.dtype, ceilings) / us
+    row["says"] = line(row)
+    return row
+
+
+def _times(prepared: Prepared, machine: Host, rounds: int, warm_s: float) -> Any:
+    """Microseconds a call, by way of calling and contender."""
+    timer, sets = machine.timer(), prepared.sets
+    once = machine.repeated(prepared.calls["fused"], sets, sets)
+    once()
+    us = min(timer.finish([timer.start(once) for _ in range(3)])) / sets
+    calls = min(sets * max(1, math.ceil(GRAPH_US / (us * sets))), max(MOST_CALLS, sets))
+    graphs, no_graph = {}, {}
+    for name, call in prepared.calls.items():
+        try:
+            graphs[name] = machine.captured(call, sets, calls)
+        except RuntimeError as problem:
+            no_graph[name] = str(problem).splitlines()[0]
+    few = min(calls, max(sets, CALLS_FROM_PYTHON))
+    python = {n: machine.repeated(c, sets, few) for n, c in prepared.calls.items()}
+    ways = {"python": (python, few)}
+    if {"torch", "fused"} <= graphs.keys():
+        ways["graph"] = (graphs, calls)
+    times = {}
+    for how, (contenders, n) in ways.items():
+        found = interleave(contenders, timer, rounds=rounds, warm_s=warm_s, settle=machine.settle)
+        times[how] = {name: [us / n for us in values] for name, values in found.items()}
+    return times, calls, no_graph
+
+
+def _summary(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Ratios are to the faster of torch's own calls, and to the compiled ones apart."""
+    own = {name: summarize(times, name)[name].us for name in ("torch", "vendor") if name in times}
+    best = min(own, key=own.__getitem__)
+    stats = summarize(times, best)
+    found = {"baseline": best, "contenders": {n: s._asdict() for n, s in stats.items()}}
+    if "compile" in times:
+        found["over_compile"] = summarize(times, "compile")["fused"].ratio
+    return found
+
+
+def roof_us(flops: float, moved: float, dtype: torch.dtype, ceilings: Ceilings) -> float:
+    """No version is faster than the slower of its arithmetic and its memory traffic."""
+    rate = ceilings.matmul[str(dtype).removeprefix("torch.")]
+    return 1e6 * max(flops / rate, moved / ceilings.copy)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    found = row[row["how"]]
+    fused: Stats = Stats(**found["contenders"]["fused"])
+    parts = [
+        f"{fused.us:9.1f} us",
+        f"{fused.ratio:5.2f}x {found['baseline']}",
+        f"{found['over_compile']:5.2f}x compile" if "over_compile" in found else "",
+        f"{row['roofline']:4.0%} of the roof",
+        f"called {row['python']['contenders']['fused']['ratio']:5.2f}x",
+        f"memory {row['peak_bytes']['fused'] / max(row['peak_bytes']['torch'], 1):4.2f}x",
+        "" if row["how"] == "graph" else "NO GRAPH",
+        "" if row["cold"] else "in L2",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def ceilings(machine: Host, size: int = 8192, copy_bytes: int = 1 << 30) -> Ceilings:
+    """The rate of a large copy, read and write, and of a square product of random numbers."""
+    timer = machine.timer()
+
+    def best(call: Callable[[], Any], times: int = 10) -> float:
+        values = interleave({"": call}, timer, rounds=times, warm_s=0.2, settle=machine.settle)
+        return sorted(values[""])[times // 2] / 1e6
+
+    with torch.no_grad():
+        source = torch.ones(copy_bytes // 4, device=machine.device)
+        target = torch.empty_like(source)
+        copy = 2 * source.nbytes / best(lambda: target.copy_(source))
+        rates = {}
+        for dtype, n in ((torch.bfloat16, size), (torch.float16, size), (torch.float32, size // 2)):
+            a, b = (torch.randn(n, n, device=machine.device).to(dtype) for _ in range(2))
+            rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / best(partial(torch.mm, a, b))
+    return Ceilings(copy, rates)

@@ -1,0 +1,87 @@
+"""Results on disk: one JSON a stage, rows by name, each with the run that it comes from."""
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+Row = dict[str, Any]
+
+
+class Store:
+    """The rows of one stage. A row counts as done only if it is right and of this very code."""
+
+    def __init__(self, folder: Path, stage: str, run: dict[str, Any]) -> None:
+        self.path, self.run = folder / f"{stage}.json", run
+        self.id = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:12]
+        self.table = read(self.path) or {"stage": stage, "runs": {}, "rows": {}}
+
+    def done(self, name: str) -> bool:
+        row = self.table["rows"].get(name)
+        return bool(row and row["ok"] and row["run"] == self.id)
+
+    def put(self, name: str, row: Row) -> None:
+        """Keep the row, on disk at once: what comes after may kill the process."""
+        rows = {**self.table["rows"], name: {**row, "run": self.id}}
+        used = {row["run"] for row in rows.values()}
+        runs = {**self.table["runs"], self.id: self.run}
+        self.table |= {"rows": rows, "runs": {id: runs[id] for id in used}}
+        write(self.path, self.table)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file, or none that a Store wrote."""
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return table if isinstance(table, dict) and {"runs", "rows"} <= table.keys() else None
+
+
+def write(path: Path, table: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w") as file:
+        json.dump(table, file, indent=1)
+        file.write("\n")
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def provenance(environment: dict[str, Any]) -> dict[str, Any]:
+    """What rows of one run have in common: versions, device, ptxas, and the code."""
+    keep = ("versions", "devices", "ptxas", "interpreted")
+    return {
+        **{key: environment[key] for key in keep},
+        "commit": commit(),
+        "code": code_digest(),
+    }
+
+
+def commit() -> str | None:
+    """None outside of a git checkout; a checkout with changes says so."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+    except OSError:
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+changes" if dirty.stdout else "")
+
+
+def code_digest() -> str:
+    """Of all that can change a number: kernels, package and benchmark."""
+    digest = hashlib.sha256()
+    for folder in ("kernels", "fastdl", "bench"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if "kernels" not in path.relative_to(ROOT).parts[1:]:
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,311 @@
+"""Tables of measured configurations: what is refused, how they are written, and `fastdl.tune`."""
+
+import json
+import multiprocessing
+import os
+import stat
+import warnings
+
+import pytest
+import torch
+
+import fastdl
+import fastdl.functional as FF
+from fastdl import tuned
+from fastdl.tuned import Config, Device
+from fastdl.tuned.tune import PROBLEMS, configs, run
+
+H200 = Device("NVIDIA H200", "cuda", 90, sms=132, shared=232448)
+HERE = Device("interpreter", "interpreter", 90, sms=3, shared=232448)
+ENTRY = {
+    "blocks": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8, "SWAP": 0},
+    "num_warps": 4,
+    "num_stages": 4,
+    "variant": "tiles",
+    "splits": 2,
+}
+KEY, SIZES = "linear/bfloat16/16x64x128", (16, 50, 100)
+
+
+@pytest.fixture(autouse=True)
+def user(tmp_path, monkeypatch):
+    """The user's table for the H200: a file in a folder of the test."""
+    monkeypatch.setenv("FASTDL_TUNED", str(tmp_path))
+    tuned.forget()
+    yield tuned.user_file(H200.name)
+    tuned.forget()
+
+
+def table(**changed):
+    return {"schema": tuned.SCHEMA, "gpu": "x", "provenance": {}, "entries": {KEY: ENTRY}} | changed
+
+
+def entry(**changed):
+    return table(entries={KEY: {**ENTRY, **changed}})
+
+
+def blocks(**changed):
+    return entry(blocks={**ENTRY["blocks"], **changed})
+
+
+DAMAGED = {
+    "not JSON": "{",
+    "not text": b"\xff\xfe\x00",
+    "nested too deeply": "[" * 100_000,
+    "not a table": "[]",
+    "another schema": json.dumps(table(schema=99)),
+    "an unknown key": json.dumps(table(code="import os")),
+    "a missing key": json.dumps({"schema": 1, "entries": {}}),
+    "too large": json.dumps(table()) + " " * tuned.MAX_BYTES,
+    "not a size": json.dumps(table(entries={"linear/bfloat16/16x-1": ENTRY})),
+    "an unknown key of an entry": json.dumps(entry(run="rm")),
+    "no power of two": json.dumps(blocks(BLOCK_M=48)),
+    "a block beyond any GPU": json.dumps(blocks(BLOCK_M=1 << 40)),
+    "a block that is true": json.dumps(blocks(BLOCK_M=True)),
+    "a block with a name of its own": json.dumps(blocks(grid=16)),
+    "too many warps": json.dumps(entry(num_warps=64)),
+    "warps as text": json.dumps(entry(num_warps="4")),
+    "infinite splits": json.dumps(entry(splits=float("inf"))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_tables_are_ignored_with_one_warning(user, damage):
+    content = DAMAGED[damage]
+    user.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.warns(UserWarning, match="ignoring the tuned table") as caught:
+        assert tuned.lookup("linear", torch.bfloat16, SIZES, H200) is None
+        assert tuned.lookup("linear", torch.float16, SIZES, H200) is None
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"variant": "unheard of"}, {"num_stages": 7}, {"blocks": {"BLOCK_M": 64}}],
+    ids=["variant", "stages", "blocks"],
+)
+def test_what_no_test_proves_is_ignored_with_one_warning(user, change):
+    tuned.write(user, "x", {}, {KEY: {**ENTRY, **change}})
+    with pytest.warns(UserWarning, match="no configuration that this version tests") as caught:
+        for sizes in (SIZES, (9, 33, 65)):
+            assert tuned.lookup("linear", torch.bfloat16, sizes, H200) is None
+    assert len(caught) == 1
+
+
+def test_a_row_block_must_hold_the_row(user):
+    small = {
+        "blocks": {"ROWS": 1, "BLOCK": 512},
+        "num_warps": 1,
+        "num_stages": 1,
+        "variant": "rows",
+    }
+    tuned.write(user, "x", {}, {"layer_norm/bfloat16/1024": small})
+    with pytest.warns(UserWarning, match="no configuration"):
+        assert tuned.lookup("layer_norm", torch.bfloat16, (1000,), H200) is None
+
+
+def test_the_class_of_sizes_is_looked_up(user):
+    tuned.write(user, "x", {}, {KEY: ENTRY})
+    found = tuned.lookup("linear", torch.bfloat16, SIZES, H200)
+    assert found == Config(**ENTRY, source="user")
+    assert tuned.lookup("linear", torch.bfloat16, (17, 50, 100), H200) is None
+    assert tuned.lookup("linear", torch.float16, SIZES, H200) is None
+    assert tuned.lookup("linear", torch.bfloat16, SIZES, HERE) is None
+
+
+def test_the_users_table_comes_before_the_packaged_one(user, monkeypatch, tmp_path):
+    packaged = tmp_path / "packaged" / user.name
+    monkeypatch.setitem(tuned.packaged_file.__globals__, "PACKAGED", packaged.parent)
+    tuned.write(packaged, "x", {}, {KEY: ENTRY})
+    assert tuned.lookup("linear", torch.bfloat16, SIZES, H200).source == "tuned"
+    tuned.write(user, "x", {}, {KEY: {**ENTRY, "splits": 4}})
+    assert tuned.lookup("linear", torch.bfloat16, SIZES, H200).splits == 4
+
+
+def test_where_torch_was_faster_the_policy_can_overrule(user):
+    tuned.write(user, "x", {}, {KEY: {"blocks": {}, "variant": "torch"}})
+    assert tuned.lookup("linear", torch.bfloat16, SIZES, H200).variant == "torch"
+    with fastdl.policy("fused"):
+        assert tuned.lookup("linear", torch.bfloat16, SIZES, H200) is None
+
+
+def test_torch_runs_where_it_was_faster():
+    x, w = torch.randn(16, 100), torch.randn(50, 100)
+    key = tuned.key_of("linear", torch.float32, (16, 50, 100))
+    here = tuned.user_file(HERE.name)
+    tuned.write(here, HERE.name, {}, {key: {"blocks": {}, "variant": "torch"}})
+    assert "torch measured faster" in str(fastdl.explain(FF.linear, x, w))
+    with fastdl.policy("fused", on_fallback="error"):
+        assert fastdl.explain(FF.linear, x, w).fused
+
+
+def test_forced_is_for_one_class_of_sizes_and_ends():
+    config = Config(**ENTRY)
+    x, w = torch.randn(16, 100), torch.randn(50, 100)
+    with tuned.forced("linear", torch.float32, SIZES, config):
+        assert fastdl.explain(FF.linear, x, w).launches[0].config == config
+        assert tuned.lookup("linear", torch.float32, (99, 99, 99), HERE) is None
+    assert fastdl.explain(FF.linear, x, w).launches[0].config != config
+
+
+def test_write_checks_and_leaves_nothing_behind(user):
+    tuned.write(user, "x", {}, {KEY: ENTRY})
+    before = user.read_bytes()
+    with pytest.raises(ValueError, match="num_warps"):
+        tuned.write(user, "x", {}, {KEY: {**ENTRY, "num_warps": 0}})
+    with pytest.raises(TypeError):
+        tuned.write(user, "x", {"when": object()}, {KEY: ENTRY})
+    assert user.read_bytes() == before
+    assert os.listdir(user.parent) == [user.name]
+    assert not stat.S_IMODE(user.stat().st_mode) & stat.S_IWOTH
+
+
+def _write_often(path, number):
+    for _ in range(30):
+        tuned.write(path, "x", {"by": str(number)}, {KEY: {**ENTRY, "splits": number}})
+
+
+def test_readers_never_see_half_a_table(user):
+    spawn = multiprocessing.get_context("fork")
+    writers = [spawn.Process(target=_write_often, args=(user, n)) for n in (2, 3)]
+    tuned.write(user, "x", {"by": "4"}, {KEY: {**ENTRY, "splits": 4}})
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        found = tuned.load(user)
+        assert found["entries"][KEY]["splits"] == int(found["provenance"]["by"])
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert os.listdir(user.parent) == [user.name]
+
+
+def problem(op="linear", dtype=torch.bfloat16, sizes=(5, 20, 48)):
+    return PROBLEMS[op](dtype, sizes, "cpu")
+
+
+def by_name(torch_us, **us):
+    """A timer that knows the answers: configurations are numbered in the order of trial."""
+
+    def measure(calls, rounds):
+        for call in calls.values():
+            call()
+        return {n: [torch_us if n == "torch" else us.get(f"c{n}", 50.0)] * rounds for n in calls}
+
+    return measure
+
+
+@pytest.mark.parametrize("op, sizes", [("linear", (5, 20, 48)), ("layer_norm", (40,))])
+def test_the_fastest_configuration_wins(op, sizes):
+    rows, skipped = run([problem(op, sizes=sizes)], HERE, by_name(30.0, c2=10.0), 1000)
+    (row,) = rows
+    assert not skipped and (row.us, row.torch_us) == (10.0, 30.0)
+    third = list(configs(op, torch.bfloat16, sizes, HERE))[2]
+    assert Config(**row.entry) == third
+    assert "3.00x" in str(row)
+
+
+def test_torch_wins_where_it_may():
+    (row,), _ = run([problem()], HERE, by_name(5.0, c1=10.0), 1000)
+    assert row.entry == {"blocks": {}, "variant": "torch"}
+    backward = problem("layer_norm_backward", sizes=(40,))
+    (row,), _ = run([backward], HERE, by_name(5.0, c1=10.0), 1000)
+    assert row.entry["variant"] == "rows"
+
+
+def test_wrong_configurations_do_not_win(monkeypatch):
+    tried = problem()
+    right = tried.fused()
+    numbers = iter(range(100))
+    wrong_first = tried._replace(fused=lambda: right + (next(numbers) == 0))
+    (row,), _ = run([wrong_first], HERE, by_name(30.0, c0=1.0, c3=10.0), 1000)
+    assert row.us == 10.0
+    nothing = tried._replace(fused=lambda: right * float("nan"))
+    assert run([nothing], HERE, by_name(1.0), 1000) == (
+        [],
+        [f"{tried.key}: no configuration ran and was right"],
+    )
+
+
+def test_configurations_that_do_not_fit_are_left_out():
+    class OutOfResources(Exception):
+        pass
+
+    tried = problem()
+    right, numbers = tried.fused(), iter(range(100))
+
+    def fused():
+        if next(numbers) == 0:
+            raise OutOfResources
+        return right
+
+    (row,), _ = run([tried._replace(fused=fused)], HERE, by_name(9.0, c1=1.0), 1000)
+    assert row.us == 1.0
+
+
+def test_a_lost_device_ends_the_search():
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run([problem()._replace(fused=lost)], HERE, by_name(9.0), 1000)
+
+
+def test_the_budget_is_kept():
+    now = iter(range(0, 1000, 10))
+    rows, skipped = run([problem()] * 3, HERE, by_name(9.0), 35, clock=lambda: next(now))
+    assert len(rows) < 3 and len(rows) + len(skipped) == 3
+    assert "no time left" in skipped[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_needs_a_gpu():
+    with pytest.raises(RuntimeError, match="tune: kernels are measured on a GPU"):
+        fastdl.tune()
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"ops": "conv9d"}, "'conv9d', allowed are linear"),
+        ({"ops": "linear", "shapes": [(4, 4)]}, "linear takes 3 positive sizes, got \\(4, 4\\)"),
+        ({"ops": "layer_norm", "shapes": [(0,)]}, "1 positive sizes, got \\(0,\\)"),
+        ({"shapes": [(4,)]}, "name the op"),
+    ],
+)
+def test_tune_says_what_is_wrong(given, says):
+    with pytest.raises(ValueError, match=says):
+        fastdl.tune(**given)
+
+
+@pytest.fixture
+def gpu_of_straw(monkeypatch):
+    """A GPU as far as `tune` asks, with the interpreter behind it."""
+    module = __import__("sys").modules["fastdl.tuned.tune"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(module, "this_gpu", lambda: H200)
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "events", by_name(30.0, c1=10.0))
+
+
+def test_tune_writes_a_table_and_keeps_what_is_there(gpu_of_straw, user):
+    tuned.write(user, H200.name, {}, {KEY: ENTRY})
+    lines = []
+    report = fastdl.tune(
+        "linear", shapes=[(5, 20, 48)], dtypes=[torch.float16], progress=lines.append
+    )
+    assert report.path == user and "10.0 us" in lines[0]
+    assert f"written to {user}" in str(report) and json.loads(report.to_json())["rows"]
+    found = tuned.load(user)
+    assert found["entries"].keys() == {KEY, "linear/float16/8x32x64"}
+    assert found["provenance"]["torch"] == torch.__version__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuned.lookup("linear", torch.float16, (5, 20, 48), H200).source == "user"
+
+
+def test_tune_does_not_run_during_capture(gpu_of_straw, monkeypatch, user):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="captured"):
+        fastdl.tune("linear")
+    assert not user.exists()
