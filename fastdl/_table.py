@@ -38,7 +38,7 @@ def numeric(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[bool]:
 def show(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Print a table."""
     console = _console()
-    widths, gap = _widths(head, rows, console.width) if console else (None, 0)
+    widths, gap = _widths(head, rows, console.width - 2) if console else (None, 0)
     if console is None or widths is None:
         print("\n".join([*filter(None, [title]), *lines(head, rows)]))
         return
@@ -47,9 +47,8 @@ def show(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") ->
 
     if title:
         console.print(f"\n[bold]{title}")
-    table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False, header_style="cyan"
-    )
+    padding = (0, gap - 1, 0, 0)
+    table = Table(box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, header_style="cyan")
     for name, flush, width in zip(head, numeric(head, rows), widths, strict=True):
         table.add_column(name, justify="right" if flush else "left", width=width)
     for row in rows:

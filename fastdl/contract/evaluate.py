@@ -93,7 +93,7 @@ def compare(
         assert got.dtype == low.dtype, f"dtype {got.dtype}, torch gives {low.dtype}"
         assert got.shape == low.shape, f"shape {tuple(got.shape)}, torch gives {tuple(low.shape)}"
         low_error = deviation(low, true)
-        finite = true[true.isfinite()]
+        finite = true.detach()[true.isfinite()]
         size = max(1.0, float(finite.abs().max()) if finite.numel() else 1.0)
         floor = FLOOR * (size if got.dtype == torch.float32 else 1.0)
         worst = worst.worst(Error(deviation(got, true), low_error, factor * low_error + floor))

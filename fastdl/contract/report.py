@@ -91,9 +91,11 @@ def check(
         raise RuntimeError(
             "check: kernels run on a GPU, or with TRITON_INTERPRET=1 set before Python starts, on a CPU"
         )
-    specs = [_spec(op) for op in ops] if ops else list(SPECS.values())
+    specs = [_spec(op) for op in dict.fromkeys(ops or SPECS)]
     todo = [(spec, dtype) for spec in specs for dtype in DTYPES]
     steps = sum(len(spec.cases) for spec, _ in todo)
+    if thorough:
+        steps += sum(1 for spec in specs for _ in _other_checks(spec, device))
     tick = _Ticker(progress, steps)
     rows = [_row(spec, dtype, device, tick) for spec, dtype in todo]
     if thorough:
@@ -115,7 +117,7 @@ class _Ticker:
     def __call__(self, what: str) -> None:
         self.done += 1
         if self.progress is not None:
-            self.progress(min(self.done, self.total), self.total, what)
+            self.progress(self.done, self.total, what)
 
 
 def _row(spec: Spec, dtype: torch.dtype, device: str, tick: _Ticker) -> Row:

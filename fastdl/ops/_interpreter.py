@@ -4,6 +4,7 @@ a time.
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,19 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 # The interpreter keeps its state in globals.
-lock = threading.Lock()
+_lock = threading.Lock()
+
+
+def run(kernel: Callable[..., Any], *args: Any, **constants: Any) -> None:
+    """Launch a kernel that is bound to its grid."""
+    # a GPU does not warn of infinities either, least of all in lanes that a mask throws away
+    with _lock, np.errstate(all="ignore"):
+        _patch()
+        kernel(*args, **constants)
 
 
 @functools.cache
-def patch() -> None:
+def _patch() -> None:
     """bfloat16, which numpy does not have: casts truncate, and tl.dot multiplies the bit patterns
     as integers.
     """

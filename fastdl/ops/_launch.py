@@ -168,12 +168,9 @@ def launch(
         if recorder.device is not None:
             return
     if INTERPRETED:
-        from ._interpreter import lock, patch
+        from ._interpreter import run
 
-        with lock:
-            patch()
-            kernel.fn[grid](*args, **constants, **config.blocks)
-        return
+        return run(kernel.fn[grid], *args, **constants, **config.blocks)
     device = next(a.device.index for a in args if isinstance(a, Tensor))
     if device == torch.cuda.current_device():
         _run(kernel, grid, device, args, constants, config)

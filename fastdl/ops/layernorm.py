@@ -60,12 +60,11 @@ def choose(n_cols: int, dtype: torch.dtype, device: Device, backward: bool) -> C
 
 @functools.lru_cache(maxsize=1024)
 def _rule(n_cols: int, device: Device, backward: bool) -> Config:
+    # in the interpreter a row is soon long, and blocks are small while rows are
     small = device.backend == "interpreter"
-    longest = 128 if small else 8192 if backward else 32768
-    if n_cols > longest:
-        return Config(
-            {"BLOCK": 64 if small else 2048 if backward else 8192}, 4 if backward else 16, 1, "wide"
-        )
+    if n_cols > (128 if small else 8192 if backward else 32768):
+        block = 64 if small and n_cols < 1024 else 2048 if backward else 8192
+        return Config({"BLOCK": block}, 4 if backward else 16, 1, "wide")
     block, tile = power_of_2(n_cols), 128 if small else 4096
     rows = max(1, min(tile // block, 16))
     warps = min(max(rows * block // 512, 1), 16)

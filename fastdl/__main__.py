@@ -1,0 +1,7 @@
+"""`python -m fastdl` is `fastdl`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,404 @@
+"""The command line: fastdl demo | check | targets | plan | bench | tune | report | env."""
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+import inspect
+import itertools
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from ._table import Progress, paragraph, show
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+EXAMPLE_FACTORY = "fastdl plan mypackage.models:make_model"
+
+
+class UsageError(Exception):
+    """What was typed, why it cannot be done, and what to type instead."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. {self.prog} --help shows how it is used.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = _parse(argv)
+        code = args.run(args)
+        sys.stdout.flush()
+    except UsageError as error:
+        print(f"fastdl: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("\nfastdl: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader has seen enough; what Python flushes at its end must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    return int(code)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="fastdl",
+        description="Fused kernels for the PyTorch model you already have, with proof.",
+        epilog="fastdl COMMAND --help shows the options of a command. Begin with: fastdl demo",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    for add in _COMMANDS.values():
+        add(commands)
+    if argv and not argv[0].startswith("-"):
+        _known("command", argv[:1], _COMMANDS)
+    args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help(sys.stderr)
+        raise UsageError(f"there are the commands {', '.join(_COMMANDS)}; type: fastdl demo")
+    if rest and args.run is not _bench:
+        command = f"fastdl {argv[0]}"
+        raise UsageError(f"{command} does not take {' '.join(rest)}. Type: {command} --help")
+    args.rest = rest
+    return args
+
+
+def _known(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """Refuse a name that does not exist, with the one that was probably meant."""
+    allowed = list(allowed)
+    for name in given:
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, 1, cutoff=0.5)
+            meant = f"Did you mean {near[0]}? " if near else ""
+            raise UsageError(f"there is no {kind} {name}. {meant}There are {', '.join(allowed)}.")
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], about: str, example: str
+) -> argparse.ArgumentParser:
+    sentence = about[0].upper() + about[1:] + "."
+    parser = commands.add_parser(
+        name, help=about, description=sentence, epilog=f"example: {example}"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable, on stdout")
+
+
+def _note(text: str) -> None:
+    print(f"fastdl: {text}", file=sys.stderr)
+
+
+def _choose_interpreter(device: str | None = None) -> None:
+    """Without a GPU kernels run in Triton's interpreter: chosen here, before the first launch."""
+    from .ops import _launch
+
+    if not _launch.HAVE_TRITON or device == "cuda":
+        return
+    if device == "cpu" or not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+        _launch.INTERPRETED = True
+    if _launch.INTERPRETED:
+        # kernels compute lanes that are masked out, and numpy warns about them
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\..*interpreter")
+
+
+def _add_demo(commands: Any) -> None:
+    about = "optimize a small model, prove it, train it and restore it"
+    parser = _command(commands, "demo", _demo, about, "fastdl demo --picture /tmp/demo.png")
+    parser.add_argument("--picture", type=Path, default=Path("demo.png"), metavar="FILE",
+        help="where the curves are drawn; default: demo.png")  # fmt: skip
+    parser.add_argument("--steps", type=int, help="of training")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    if args.steps is not None and args.steps < 1:
+        raise UsageError("--steps is at least 1. Type: fastdl demo --steps 10")
+    if not args.picture.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder for --picture {args.picture}; type: fastdl demo")
+    _choose_interpreter()
+    from ._demo import run
+
+    return run(args.picture, args.steps)
+
+
+def _add_check(commands: Any) -> None:
+    about = "hold ops against their contract, and show their errors against float64"
+    parser = _command(commands, "check", _check, about, "fastdl check linear layer_norm")
+    parser.add_argument("op", nargs="*", help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--thorough", action="store_true", help="every check; takes long")
+    _json_option(parser)
+
+
+def _check(args: argparse.Namespace) -> int:
+    _choose_interpreter(args.device)
+    from .contract import SPECS
+    from .contract.report import check
+    from .ops import _launch
+
+    _known("op", args.op, SPECS)
+    if not _launch.HAVE_TRITON:
+        _note("there is nothing to check: Triton is not installed. Type: pip install triton")
+        return FAILED
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("torch sees no GPU. Type: fastdl check --device cpu")
+    if _launch.INTERPRETED:
+        _note("kernels run in Triton's interpreter; no time is measured")
+    with Progress("check") as progress:
+        report = check(args.op or None, args.device, thorough=args.thorough, progress=progress)
+    if args.json:
+        print(report.to_json())
+    else:
+        head, *rows = report.table()
+        show(head, rows)
+        paragraph("\n".join(str(report).splitlines()[1 + len(rows) :]))
+    return 0 if report.ok else FAILED
+
+
+def _add_targets(commands: Any) -> None:
+    about = "compile kernels for GPUs that are not here, and judge their machine code"
+    parser = _command(commands, "targets", _targets, about, "fastdl targets linear --target sm_90")
+    parser.add_argument("op", nargs="*", help="default: all")
+    parser.add_argument("--target", action="append", help="sm_90, for instance; default: all")
+    parser.add_argument("--all", action="store_true", help="every binary, not only some of each op")
+    _json_option(parser)
+
+
+def _targets(args: argparse.Namespace) -> int:
+    from . import targets
+    from .contract import SPECS
+    from .ops import _launch
+    from .targets.table import HEADER
+
+    _known("op", args.op, SPECS)
+    _known("target", args.target or (), targets.DEFAULT_TARGETS)
+    if not _launch.HAVE_TRITON:
+        _note("there is nothing to compile with: Triton is not installed")
+        return FAILED
+    options: dict[str, Any] = {"limit": None} if args.all else {}
+    with Progress("targets") as progress:
+        result = targets._targets(
+            args.op or None, args.target or targets.DEFAULT_TARGETS, progress=progress, **options
+        )
+    if args.json:
+        print(result.to_json())
+    else:
+        for target, rows in itertools.groupby(result.rows, lambda row: row.target):
+            # the first column names the target, as the title does
+            show(HEADER[1:], [row.cells()[1:] for row in rows], target)
+        print(f"{len(result.rows)} binaries, {len(result.failures)} failures")
+    return 0 if result.ok else FAILED
+
+
+def _add_plan(commands: Any) -> None:
+    about = "say what fastdl.optimize would replace in a model, and why not the rest"
+    parser = _command(commands, "plan", _plan, about, EXAMPLE_FACTORY)
+    parser.add_argument("factory", metavar="package.module:make_model",
+        help="a function without arguments that returns the model")  # fmt: skip
+    _json_option(parser)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    model = _model(args.factory)
+    from .optimize.plan import plan
+
+    found = plan(model)
+    if args.json:
+        print(found.to_json())
+        return 0
+    new = [(site.name or "(the model)", site.pattern, site.op) for site in found if not site.reason]
+    rest = [(s.name or "(the model)", s.pattern, s.reason or "") for s in found if s.reason]
+    if new:
+        show(("to replace", "pattern", "op"), new)
+    if rest:
+        show(("left alone", "pattern", "reason"), rest)
+    print(f"{len(new)} to replace, {len(rest)} left alone")
+    return 0
+
+
+def _model(path: str) -> nn.Module:
+    """What the factory at package.module:name makes."""
+    factory = _factory(path)
+    if not isinstance(factory, nn.Module):
+        if not callable(factory):
+            raise UsageError(
+                f"{path} is a {type(factory).__name__}, not a function that makes a model"
+            )
+        try:
+            inspect.signature(factory).bind()
+        except TypeError as error:
+            raise UsageError(
+                f"{path} takes arguments ({error}); name a function that takes none"
+            ) from None
+        factory = factory()
+    if not isinstance(factory, nn.Module):
+        raise UsageError(f"{path} returned a {type(factory).__name__}, not an nn.Module")
+    return factory
+
+
+def _factory(path: str) -> Any:
+    module_name, colon, name = path.partition(":")
+    if module_name.endswith(".py") or os.sep in module_name:
+        dotted = module_name.removesuffix(".py").replace(os.sep, ".").strip(".")
+        raise UsageError(f"{path} names a file. Type: fastdl plan {dotted}:{name or 'make_model'}")
+    if not (module_name and colon and name):
+        raise UsageError(f"{path} is not package.module:make_model. For example: {EXAMPLE_FACTORY}")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # an import in the user's code
+        raise UsageError(
+            f"there is no module {error.name}, neither in {here} nor installed. "
+            f"For example: {EXAMPLE_FACTORY}"
+        ) from None
+    if not hasattr(module, name):
+        public = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+        near = difflib.get_close_matches(name, public, 1, cutoff=0.5)
+        meant = f"; did you mean {module_name}:{near[0]}?" if near else ""
+        raise UsageError(f"{module_name} has no {name}{meant}")
+    return getattr(module, name)
+
+
+def _checkout() -> Path | None:
+    """The sources of fastdl: here, or where the package itself is."""
+    for root in (Path.cwd(), Path(__file__).resolve().parents[1]):
+        if (root / "bench" / "gpu.py").is_file() and (root / "fastdl" / "cli.py").is_file():
+            return root
+    return None
+
+
+def _add_bench(commands: Any) -> None:
+    about = "time the ops with pytest-benchmark; needs a checkout of fastdl"
+    parser = _command(commands, "bench", _bench, about, "fastdl bench -k layer_norm")
+    parser.usage = "fastdl bench [-h] [any option of pytest]"
+
+
+def _bench(args: argparse.Namespace) -> int:
+    root = _checkout()
+    if root is None:
+        _note("the benchmark is not in the installed package: clone fastdl, and call this there")
+        return FAILED
+    for needed in ("pytest", "pytest_benchmark"):
+        if importlib.util.find_spec(needed) is None:
+            _note(f"{needed} is not installed. Type: pip install 'fastdl-kernels[bench]'")
+            return FAILED
+    command = [sys.executable, "-m", "pytest", "bench", *args.rest]
+    return subprocess.run(command, cwd=root).returncode
+
+
+def _add_tune(commands: Any) -> None:
+    about = "measure launch configurations on this GPU, and keep the fastest"
+    parser = _command(commands, "tune", _tune, about, "fastdl tune linear --budget 300")
+    parser.add_argument("op", nargs="*", help="default: all that have configurations")
+    parser.add_argument("--budget", type=float, default=60, metavar="SECONDS", help="default: 60")
+    _json_option(parser)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from .ops import _launch
+    from .tuned.tune import DEFAULTS, tune
+
+    _known("op", args.op, DEFAULTS)
+    if args.budget <= 0:
+        raise UsageError("--budget is in seconds, more than 0. Type: fastdl tune --budget 60")
+    if not torch.cuda.is_available() or _launch.INTERPRETED:
+        _note("configurations are measured on a GPU, and there is none that kernels could run on")
+        return FAILED
+    with Progress("tune") as progress:
+        report = tune(args.op or None, budget_s=args.budget, progress=progress.line)
+    print(report.to_json() if args.json else report)
+    return 0 if report.rows else FAILED
+
+
+def _add_report(commands: Any) -> None:
+    about = "show what was measured: the tables in bench/results"
+    _command(commands, "report", _report, about, "fastdl report")
+
+
+def _report(args: argparse.Namespace) -> int:
+    results = (_checkout() or Path.cwd()) / "bench" / "results"
+    shown = [path for path in sorted(results.glob("*/*.json")) if _show_results(path)]
+    if not shown:
+        print(f"Nothing measured yet: there is no table in {results}. On a GPU, type: make gpu")
+    return 0
+
+
+def _show_results(path: Path) -> bool:
+    """Print one table: timings, or of a stage that times nothing what it says about each row."""
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        failed = [(name, row["says"]) for name, row in rows.items() if not row["ok"]]
+        right = {name: row for name, row in rows.items() if row["ok"]}
+        timed = [_timing(name, row) for name, row in right.items() if "how" in row]
+        said = [(name, row["says"]) for name, row in right.items() if "how" not in row]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _note(f"{path} is left out, it is not a table of results: {error!r}")
+        return False
+    print(f"\n{path.parent.name}, {path.stem}")
+    if timed:
+        show(("", "fused", "against", "faster by", "than compiled", "of the roof", "memory"), timed)
+    for name, words in said:
+        print(f"{name}: {words}")
+    for name, words in failed:
+        print(f"{name}: FAILED: {words}")
+    return True
+
+
+def _timing(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    found, peak = row[row["how"]], row["peak_bytes"]
+    fused, compiled = found["contenders"]["fused"], found.get("over_compile")
+    return (
+        name,
+        f"{fused['us']:.1f} us",
+        found["baseline"],
+        f"{fused['ratio']:.2f}x",
+        f"{compiled:.2f}x" if compiled else "-",
+        f"{row['roofline']:.0%}",
+        f"{peak['fused'] / max(peak['torch'], 1):.2f}x",
+    )
+
+
+def _add_env(commands: Any) -> None:
+    about = "say what fastdl runs on, and what is known to be wrong with it"
+    _json_option(_command(commands, "env", _env, about, "fastdl env --json"))
+
+
+def _env(args: argparse.Namespace) -> int:
+    from ._env import env
+
+    found = env()
+    print(found.to_json() if args.json else found)
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[Any], None]] = {
+    "demo": _add_demo,
+    "check": _add_check,
+    "targets": _add_targets,
+    "plan": _add_plan,
+    "bench": _add_bench,
+    "tune": _add_tune,
+    "report": _add_report,
+    "env": _add_env,
+}
