@@ -17,6 +17,16 @@ def load_tile(ptr, offsets, mask):
 
 
 @triton.jit
+def load_sum(x_ptr, x_offsets, residual_ptr, residual_offsets, mask):
+    """h = x + residual, rounded as it would be stored, in fp32. Without a residual, x."""
+    h = load_tile(x_ptr, x_offsets, mask)
+    if residual_ptr is not None:
+        h += load_tile(residual_ptr, residual_offsets, mask)
+        h = h.to(x_ptr.dtype.element_ty).to(tl.float32)
+    return h
+
+
+@triton.jit
 def row_mean(x, n_cols):
     return tl.sum(x, axis=1)[:, None] / n_cols
 

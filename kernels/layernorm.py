@@ -7,7 +7,7 @@ A tile of whole rows stays in registers. Rows too long for that are in layernorm
 import triton
 import triton.language as tl
 
-from ._rows import load_columns, load_tile, row_mean
+from ._rows import load_columns, load_sum, load_tile, row_mean
 
 
 @triton.jit
@@ -40,18 +40,16 @@ def layernorm_fwd(
     cols = tl.arange(0, BLOCK)
     mask = in_group & (cols < n_cols)[None, :]
 
-    h = load_tile(x_ptr, rows * x_row + cols[None, :], mask)
-    if residual_ptr is not None:
-        h += load_tile(residual_ptr, rows * n_cols + cols[None, :], mask)
-        h = h.to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + rows * n_cols + cols[None, :], h, mask=mask)
-        h = h.to(tl.float32)
+    offsets = rows * n_cols + cols[None, :]
+    h = load_sum(x_ptr, rows * x_row + cols[None, :], residual_ptr, offsets, mask)
+    if h_ptr is not None:
+        tl.store(h_ptr + offsets, h, mask=mask)
     mean = row_mean(h, n_cols)
     centered = tl.where(mask, h - mean, 0.0)
     rstd = tl.rsqrt(row_mean(centered * centered, n_cols) + eps)
     y = affine(centered * rstd, group, weight_ptr, bias_ptr, scale_ptr, shift_ptr, cols, n_cols)
 
-    tl.store(y_ptr + rows * n_cols + cols[None, :], y, mask=mask)
+    tl.store(y_ptr + offsets, y, mask=mask)
     tl.store(mean_ptr + rows, mean, mask=in_group)
     tl.store(rstd_ptr + rows, rstd, mask=in_group)
 
@@ -94,11 +92,12 @@ def layernorm_bwd(
         dweight += tl.sum(dy * x_hat, axis=0)[None, :]
         dbias += tl.sum(dy, axis=0)[None, :]
 
-        g = dy if weight_ptr is None else dy * load_columns(weight_ptr, cols, n_cols)
-        dx = rstd * (g - row_mean(g, n_cols) - x_hat * row_mean(g * x_hat, n_cols))
-        if dh_ptr is not None:
-            dx += load_tile(dh_ptr, offsets, mask)
-        tl.store(dx_ptr + offsets, dx, mask=mask)
+        if dx_ptr is not None:
+            g = dy if weight_ptr is None else dy * load_columns(weight_ptr, cols, n_cols)
+            dx = rstd * (g - row_mean(g, n_cols) - x_hat * row_mean(g * x_hat, n_cols))
+            if dh_ptr is not None:
+                dx += load_tile(dh_ptr, offsets, mask)
+            tl.store(dx_ptr + offsets, dx, mask=mask)
 
     if sums_ptr is not None:
         store_sums(sums_ptr, dweight, dbias, dscale, dshift, scale_ptr, cols, n_cols)

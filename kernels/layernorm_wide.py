@@ -3,48 +3,50 @@
 import triton
 import triton.language as tl
 
-from ._rows import load_columns, load_tile, merge_moments
+from ._rows import load_columns, load_sum, load_tile, merge_moments
 from .layernorm import affine, store_sums
 
 
 @triton.jit
 def layernorm_wide_fwd(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, h_ptr, mean_ptr,
-    rstd_ptr, x_row, n_cols, group_rows, eps, BLOCK: tl.constexpr, ):  # fmt: skip
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+    y_ptr, h_ptr, mean_ptr, rstd_ptr,
+    x_row, n_cols, group_rows, eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program per row: a pass for the moments, merged block by block, and one for y."""
     row = tl.program_id(0).to(tl.int64)
     group = row // group_rows
+    x_ptr += row * x_row
+    if residual_ptr is not None:
+        residual_ptr += row * n_cols
+    one = tl.zeros((1, 1), dtype=tl.int64)
+    # moments of the distance from the first element: a mean far from 0 costs no digits
+    origin = load_sum(x_ptr, one, residual_ptr, one, one == 0)
     mean = tl.zeros((1, 1), dtype=tl.float32)
     m2 = tl.zeros((1, 1), dtype=tl.float32)
     count = tl.zeros((1, 1), dtype=tl.float32)
     for first in range(0, n_cols, BLOCK):
         cols = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)
         mask = (cols < n_cols)[None, :]
-        h = load_tile(x_ptr + row * x_row, cols[None, :], mask)
-        if residual_ptr is not None:
-            h += load_tile(residual_ptr + row * n_cols, cols[None, :], mask)
-            h = h.to(h_ptr.dtype.element_ty)
+        h = load_sum(x_ptr, cols[None, :], residual_ptr, cols[None, :], mask)
+        if h_ptr is not None:
             tl.store(h_ptr + row * n_cols + cols[None, :], h, mask=mask)
-            h = h.to(tl.float32)
         n_new = tl.cast(tl.minimum(n_cols - first, BLOCK), tl.float32)
-        mean, m2, count = merge_moments(mean, m2, count, h, mask, n_new)
+        mean, m2, count = merge_moments(
+            mean, m2, count, tl.where(mask, h - origin, 0.0), mask, n_new
+        )
     rstd = tl.rsqrt(m2 / n_cols + eps)
-    here = tl.zeros((1, 1), dtype=tl.int64) + row
-    tl.store(mean_ptr + here, mean)
-    tl.store(rstd_ptr + here, rstd)
+    tl.store(mean_ptr + row + one, origin + mean)
+    tl.store(rstd_ptr + row + one, rstd)
 
-    # a second read of x and residual instead of one of h, which other threads of this program may
-    # have written
     for first in range(0, n_cols, BLOCK):
         cols = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)
         mask = (cols < n_cols)[None, :]
-        h = load_tile(x_ptr + row * x_row, cols[None, :], mask)
-        if residual_ptr is not None:
-            h += load_tile(residual_ptr + row * n_cols, cols[None, :], mask)
-            h = h.to(h_ptr.dtype.element_ty).to(tl.float32)
-        y = affine(
-            (h - mean) * rstd, group, weight_ptr, bias_ptr, scale_ptr, shift_ptr, cols, n_cols
-        )
+        # x and residual again, not h, which other threads of this program have written
+        h = load_sum(x_ptr, cols[None, :], residual_ptr, cols[None, :], mask)
+        x_hat = (h - origin - mean) * rstd
+        y = affine(x_hat, group, weight_ptr, bias_ptr, scale_ptr, shift_ptr, cols, n_cols)
         tl.store(y_ptr + row * n_cols + cols[None, :], y, mask=mask)
 
 

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..ops._op import NAMESPACE
 from ..ops._route import policy
-from .case import Case, Maker, Spec
-from .evaluate import Run, cotangents, floats, run
+from .case import Case, Layout, Maker, Spec
+from .evaluate import LibraryCalls, Run, cotangents, floats, run
 from .registry import check, same
+
+LAYOUTS: tuple[Layout, ...] = ("dense", "transposed")
 
 
 @check("cases")
@@ -66,7 +69,7 @@ def _graph_ops(graphs: list[Any]) -> set[str]:
         for module in graph.modules()
         if isinstance(module, torch.fx.GraphModule)
         for node in module.graph.nodes
-        if str(node.target).startswith("fastdl.")
+        if str(node.target).startswith(f"{NAMESPACE}.")
     }
 
 
@@ -100,7 +103,7 @@ def inductor(spec: Spec, case: Case, device: str) -> None:
     got, code = run_and_get_code(_run_compiled, case, device, torch.compile)
     _close(got, eager, case)
     for op in spec.library_ops:
-        assert f"fastdl.{op}.default" in "".join(code), f"{op} is not in what inductor runs"
+        assert f"{NAMESPACE}.{op}.default" in "".join(code), f"{op} is not in what inductor runs"
 
 
 def _run_compiled(case: Case, device: str, compile: Callable[..., Any]) -> Run:
@@ -165,25 +168,14 @@ class _Module(torch.nn.Module):
 
 @check("core")
 def opcheck(spec: Spec, case: Case, device: str) -> None:
-    """torch's own check of schema, fake kernels and dispatch, on the arguments that the case leads to."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if func.namespace == "fastdl":
-                calls.append((func, args))
-            return func(*args, **(kwargs or {}))
-
-    for layout in ("dense", "transposed"):
-        with Watch():
+    """torch's own check of schema, fake kernels and dispatch, on the calls that the case leads to."""
+    with LibraryCalls() as seen:
+        for layout in LAYOUTS:
             run(case, Maker(device=device, layout=layout), "fused")
-    assert {func.name().split("::")[1] for func, _ in calls} >= set(spec.library_ops)
-    for func, args in calls:
-        torch.library.opcheck(func, tuple(a.detach() if isinstance(a, Tensor) else a for a in args))
+    assert {call.name for call in seen.calls} >= set(spec.library_ops)
+    for call in seen.calls:
+        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in call.args)
+        torch.library.opcheck(call.overload, args)
 
 
 @check("core")

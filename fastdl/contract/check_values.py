@@ -9,10 +9,21 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..ops._route import policy
 from .case import GUARD, Case, Layout, Maker, Spec
-from .evaluate import FORWARD, GRADIENT, Run, accuracy, compare, cotangents, floats, run
+from .evaluate import (
+    FORWARD,
+    GRADIENT,
+    LibraryCalls,
+    Run,
+    accuracy,
+    compare,
+    cotangents,
+    floats,
+    run,
+)
 from .registry import check, same
 
 
@@ -173,7 +184,11 @@ def needed(spec: Spec, case: Case, device: str) -> None:
             for leaf, wanted in zip(maker.leaves, chosen, strict=True):
                 leaf.requires_grad_(wanted)
             outputs = floats(call())
-            torch.autograd.backward(outputs, cotangents(maker, outputs))
+            with LibraryCalls() as seen:
+                torch.autograd.backward(outputs, cotangents(maker, outputs))
+        for backward in seen.calls:
+            computed = [t for t in pytree.tree_leaves(backward.result) if t is not None]
+            assert len(computed) <= sum(chosen), "backward computes what nobody asks for"
         for leaf, wanted, expected in zip(maker.leaves, chosen, full.gradients, strict=True):
             assert (leaf.grad is not None) == wanted, f"gradients where {chosen} need one"
             if wanted:

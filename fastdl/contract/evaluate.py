@@ -2,16 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..ops._op import NAMESPACE
 from ..ops._route import policy
 from .case import Case, Maker
 
-# Our error may be this many times the definition's own, plus FLOOR of the largest value (of 1 at least).
+# Our error may be this many times the definition's own, plus FLOOR, or FLOOR of the largest value
+# where all values are below 1.
 FORWARD, GRADIENT, FLOOR = 2.0, 3.0, 1e-5
 
 
@@ -22,6 +25,32 @@ class Run:
     outputs: list[Tensor]
     gradients: list[Tensor]
     maker: Maker
+
+
+class LibraryCall(NamedTuple):
+    """A call of one of our library ops, as torch's dispatcher sees it."""
+
+    overload: Any
+    args: tuple[Any, ...]
+    result: Any
+
+    @property
+    def name(self) -> str:
+        return self.overload.name().split("::")[1]
+
+
+class LibraryCalls(TorchDispatchMode):
+    """Collects the calls of library ops inside of a with block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[LibraryCall] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == NAMESPACE:
+            self.calls.append(LibraryCall(func, args, result))
+        return result
 
 
 def floats(result: Any) -> list[Tensor]:
@@ -93,9 +122,8 @@ def compare(
         assert got.dtype == low.dtype, f"dtype {got.dtype}, torch gives {low.dtype}"
         assert got.shape == low.shape, f"shape {tuple(got.shape)}, torch gives {tuple(low.shape)}"
         low_error = deviation(low, true)
-        finite = true.detach()[true.isfinite()]
-        size = max(1.0, float(finite.abs().max()) if finite.numel() else 1.0)
-        floor = FLOOR * (size if got.dtype == torch.float32 else 1.0)
+        finite = true.detach()[true.isfinite()].abs()
+        floor = FLOOR * min(1.0, float(finite.max()) if finite.numel() else 1.0)
         worst = worst.worst(Error(deviation(got, true), low_error, factor * low_error + floor))
     return worst
 

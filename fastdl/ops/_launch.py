@@ -170,7 +170,8 @@ def launch(
     if INTERPRETED:
         from ._interpreter import run
 
-        return run(kernel.fn[grid], *args, **constants, **config.blocks)
+        run(kernel.fn[grid], *args, **constants, **config.blocks)
+        return
     device = next(a.device.index for a in args if isinstance(a, Tensor))
     if device == torch.cuda.current_device():
         _run(kernel, grid, device, args, constants, config)

@@ -212,7 +212,7 @@ def _backward(
     scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor, dims: int, eps: float,
     needs: list[bool],
 ) -> Gradients:  # fmt: skip
-    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    dx: Any = torch.empty_like(h, memory_format=torch.contiguous_format) if needs[0] else None
     groups, group_scale, _ = _by_group(h, scale, shift, dims)
     rows = _as_rows(h, dims)
     config = choose(rows.shape[1], h.dtype, device_of(h), backward=True)
@@ -237,7 +237,8 @@ def _into(by_group: Tensor, h: Tensor, lead: int, dims: int, like: Any) -> Tenso
     """Sums of columns [groups, columns], summed on to the shape of their factor."""
     n = h.dim() - dims
     full = by_group.view(*h.shape[:lead], *(1 for _ in range(n - lead)), *h.shape[n:])
-    return full.sum_to_size(like.shape).to(like.dtype)
+    # a copy: outputs of an op share no memory
+    return full.sum_to_size(like.shape).to(like.dtype, copy=True)
 
 
 def _parts(group_rows: int, rows: int, groups: int, device: Device) -> int:
@@ -247,7 +248,7 @@ def _parts(group_rows: int, rows: int, groups: int, device: Device) -> int:
 
 def _launch_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, mean: Tensor, rstd: Tensor, dx: Tensor, groups: int, config: Config,
+    scale: Tensor | None, mean: Tensor, rstd: Tensor, dx: Any, groups: int, config: Config,
     need_sums: bool,
 ) -> Any:  # fmt: skip
     (n_rows, n_cols), kinds = h.shape, 2 if scale is None else 4
@@ -264,16 +265,17 @@ def _launch_backward(
 
 def _launch_wide_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, mean: Tensor, rstd: Tensor, dx: Tensor, groups: int, config: Config,
+    scale: Tensor | None, mean: Tensor, rstd: Tensor, dx: Any, groups: int, config: Config,
     need_sums: bool,
 ) -> Any:  # fmt: skip
     (n_rows, n_cols), kinds = h.shape, 2 if scale is None else 4
     group_rows, columns = n_rows // groups, cdiv(n_cols, config["BLOCK"])
-    launch(
-        LAYERNORM_WIDE_DX, (n_rows,),
-        dy, dh, h, weight, scale, mean, rstd, dx,
-        h.stride(0), n_cols, group_rows, config=config,
-    )  # fmt: skip
+    if dx is not None:
+        launch(
+            LAYERNORM_WIDE_DX, (n_rows,),
+            dy, dh, h, weight, scale, mean, rstd, dx,
+            h.stride(0), n_cols, group_rows, config=config,
+        )  # fmt: skip
     if not need_sums:
         return None
     parts = _parts(group_rows, 1, groups * columns, device_of(h))
@@ -292,8 +294,8 @@ def _torch_backward(
     needs: list[bool],
 ) -> Gradients:  # fmt: skip
     args = (h, None, weight, bias, scale, shift, dims, eps)
-    dx, _, *others = gradients(definition, args, dy, [True, False, *needs[1:]])[:6]
-    return (dx if dh is None else dx + dh), *others
+    dx, _, *others = gradients(definition, args, dy, [needs[0], False, *needs[1:]])[:6]
+    return (dx if dx is None or dh is None else dx + dh), *others
 
 
 FORWARD = LibraryOp("layer_norm", _forward, like=_like, torch_form=_torch_forward, decline=_decline)
