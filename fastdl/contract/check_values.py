@@ -194,6 +194,19 @@ def needed(spec: Spec, case: Case, device: str) -> None:
                 torch.testing.assert_close(leaf.grad, expected, rtol=1e-5, atol=1e-5)
 
 
+@check("core")
+def double(spec: Spec, case: Case, device: str) -> None:
+    """float64 is for truth: it gives the definition's bits, and no kernel sees it."""
+    truth = run(case, Maker(torch.float64, device=device), "definition")
+    with LibraryCalls() as seen, policy("fused"):
+        maker = Maker(torch.float64, device=device)
+        torch.manual_seed(7)
+        outputs = floats(case.make(maker)())
+    assert not seen.calls, "a library op was given float64"
+    if "dropout" not in case.name:  # torch's own dropout has another mask
+        same(outputs, truth.outputs, "output")
+
+
 @check("empty")
 def empty(spec: Spec, case: Case, device: str) -> None:
     """Sizes of 0 give what torch gives, and gradients too."""
