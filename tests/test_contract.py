@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastdl.contract import DTYPES, SPECS
+from fastdl.contract import SPECS
 from fastdl.contract.checks import CHECKS, cases_of
 
 
@@ -11,7 +11,7 @@ def params():
         marks = [pytest.mark.slow] if check.slow else []
         for spec in SPECS.values():
             for case in cases_of(spec, check.scope) if check.scope != "op" else [None]:
-                for dtype in DTYPES if check.by_dtype else [None]:
+                for dtype in check.dtypes or [None]:
                     words = [spec.name, check.name, case and case.name, dtype and str(dtype)[6:]]
                     yield pytest.param(
                         check, spec, case, dtype, id="-".join(filter(None, words)), marks=marks

@@ -17,17 +17,17 @@ class Check(NamedTuple):
     name: str
     function: Callable[..., None]
     scope: Scope
-    by_dtype: bool
+    dtypes: tuple[torch.dtype, ...]  # none: it has a dtype of its own
     slow: bool
 
 
 CHECKS: dict[str, Check] = {}
 
 
-def check(scope: Scope, *, by_dtype: bool = False, slow: bool = False) -> Any:
+def check(scope: Scope, *, dtypes: tuple[torch.dtype, ...] = (), slow: bool = False) -> Any:
     def register(function: Callable[..., None]) -> Callable[..., None]:
         name = function.__name__
-        CHECKS[name] = Check(name, function, scope, by_dtype, slow)
+        CHECKS[name] = Check(name, function, scope, dtypes, slow)
         return function
 
     return register
