@@ -18,6 +18,6 @@ def params():
                     )
 
 
-@pytest.mark.parametrize(("check", "spec", "case", "dtype"), params())
+@pytest.mark.parametrize(("check", "spec", "case", "dtype"), list(params()))
 def test_contract(check, spec, case, dtype, device):
     check.function(*filter(lambda a: a is not None, (spec, case, device, dtype)))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Elements of NaN on either side of a guarded tensor.
-GUARD = 64
+# Elements of NaN on either side of a guarded tensor: a block of a kernel that lacks its mask.
+GUARD = 4096
 
 Layout = Literal["dense", "transposed", "sliced", "offset", "channels_last", "guarded", "far"]
 

@@ -8,7 +8,7 @@ import torch
 
 from ..ops._op import LIBRARY_OPS
 from .case import Spec
-from .registry import check
+from .registry import check, named
 
 
 @check("op")
@@ -17,8 +17,9 @@ def signatures(spec: Spec, device: str) -> None:
     for ours, torchs in spec.signatures:
         got = list(inspect.signature(ours).parameters.values())
         expected = list(inspect.signature(torchs).parameters.values())
-        pairs = zip(got, expected, strict=False)
-        assert all(a.name == b.name and a.default == b.default for a, b in pairs), ours.__name__
+        for a, b in zip(got, expected, strict=False):
+            same = a.name == b.name and a.default == b.default
+            assert same, f"{ours.__name__} has {a} where torch has {b}"
         rest = got[len(expected) :]
         assert all(p.kind is p.KEYWORD_ONLY for p in rest), f"{ours.__name__}: {rest}"
 
@@ -53,10 +54,11 @@ def modules(spec: Spec, device: str) -> None:
         assert repr(ours) == repr(torchs)
         ours, torchs, x = ours.to(device).eval(), torchs.to(device).eval(), x.to(device)
         for twin in (ours, deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-            torch.testing.assert_close(twin(x), torchs(x))
+            torch.testing.assert_close(twin(x), torchs(x), msg=named(repr(ours)))
 
 
 @check("op")
 def registered(spec: Spec, device: str) -> None:
     """The ops that the spec names are in the library."""
-    assert set(spec.library_ops) <= LIBRARY_OPS.keys()
+    for op in spec.library_ops:
+        assert op in LIBRARY_OPS, f"{op} is not in the library, which has {', '.join(LIBRARY_OPS)}"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..ops._op import NAMESPACE
+from ..ops._op import LIBRARY_OPS, NAMESPACE
 from ..ops._route import policy
 from .case import Case, Layout, Maker, Spec
 from .evaluate import LibraryCalls, Run, cotangents, floats, run
-from .registry import check, same
+from .registry import check, named, same
 
 LAYOUTS: tuple[Layout, ...] = ("dense", "transposed")
 
@@ -176,6 +176,18 @@ def opcheck(spec: Spec, case: Case, device: str) -> None:
     for call in seen.calls:
         args = tuple(a.detach() if isinstance(a, Tensor) else a for a in call.args)
         torch.library.opcheck(call.overload, args)
+
+
+@check("core")
+def torch_form(spec: Spec, case: Case, device: str) -> None:
+    """Where kernels may not run, library ops give the same outputs, those kept for backward too."""
+    with LibraryCalls() as seen:
+        run(case, Maker(device=device), "fused")
+    for call in seen.calls:
+        with torch.no_grad():
+            instead = LIBRARY_OPS[call.name].torch_form(*call.args)
+        for a, b in zip(floats(instead), floats(call.result), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=named(call.name))
 
 
 @check("core")

@@ -26,6 +26,45 @@ from .evaluate import (
 from .registry import check, same
 
 
+@check("cases", dtypes=(torch.float32, torch.bfloat16))
+def memory(spec: Spec, case: Case, device: str, dtype: torch.dtype) -> None:
+    """Nothing beside the outputs is written, all of them is, and the same call gives the same bits."""
+    maker = Maker(dtype, device=device, layout="guarded")
+    with guarded_allocations() as guards:
+        first = run(case, maker, "fused")
+    untouched = Maker(dtype, device=device)
+    case.make(untouched)
+    same([x.detach() for x in maker.leaves], [x.detach() for x in untouched.leaves], "input")
+    for guard in (*maker.guards, *guards):
+        assert guard[:GUARD].isnan().all() and guard[-GUARD:].isnan().all(), "wrote past a tensor"
+    for tensor in (*first.outputs, *first.gradients):
+        assert not tensor.isnan().any(), "an element was not written, or read past its tensor"
+    second = run(case, Maker(dtype, device=device), "fused")
+    same(second.outputs + second.gradients, first.outputs + first.gradients, "second run")
+
+
+@contextlib.contextmanager
+def guarded_allocations() -> Iterator[list[Tensor]]:
+    """New tensors of an op come filled with NaN, and with NaN before and after them."""
+    guards: list[Tensor] = []
+
+    def guarded(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+            plain = allocate(*args, **kwargs)
+            if not plain.is_floating_point() or not plain.numel():
+                return plain
+            guards.append(torch.full((plain.numel() + 2 * GUARD,), math.nan).to(plain))
+            return guards[-1].as_strided(plain.shape, plain.stride(), GUARD)
+
+        return wrapped
+
+    with (
+        mock.patch.object(torch, "empty_like", guarded(torch.empty_like)),
+        mock.patch.object(torch.Tensor, "new_empty", guarded(torch.Tensor.new_empty)),
+    ):
+        yield guards
+
+
 @check("cases", dtypes=DTYPES)
 def accurate(spec: Spec, case: Case, device: str, dtype: torch.dtype) -> None:
     """Outputs and gradients are as close to fp64 as the definition's are, within the rule."""
@@ -91,45 +130,6 @@ def channels_last(spec: Spec, case: Case, device: str) -> None:
 def far_apart(spec: Spec, case: Case, device: str) -> None:
     """Rows of the input 2**31 elements apart: offsets need 64 bits."""
     _in_layout("far", case, device)
-
-
-@check("cases", dtypes=(torch.float32, torch.bfloat16))
-def memory(spec: Spec, case: Case, device: str, dtype: torch.dtype) -> None:
-    """Nothing beside the outputs is written, all of them is, and the same call gives the same bits."""
-    maker = Maker(dtype, device=device, layout="guarded")
-    with guarded_allocations() as guards:
-        first = run(case, maker, "fused")
-    untouched = Maker(dtype, device=device)
-    case.make(untouched)
-    same([x.detach() for x in maker.leaves], [x.detach() for x in untouched.leaves], "input")
-    for guard in (*maker.guards, *guards):
-        assert guard[:GUARD].isnan().all() and guard[-GUARD:].isnan().all(), "wrote past a tensor"
-    for tensor in (*first.outputs, *first.gradients):
-        assert not tensor.isnan().any(), "an element was not written, or read past its tensor"
-    second = run(case, Maker(dtype, device=device), "fused")
-    same(second.outputs + second.gradients, first.outputs + first.gradients, "second run")
-
-
-@contextlib.contextmanager
-def guarded_allocations() -> Iterator[list[Tensor]]:
-    """New tensors of an op come filled with NaN, and with NaN before and after them."""
-    guards: list[Tensor] = []
-
-    def guarded(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
-            plain = allocate(*args, **kwargs)
-            if not plain.is_floating_point() or not plain.numel():
-                return plain
-            guards.append(torch.full((plain.numel() + 2 * GUARD,), math.nan).to(plain))
-            return guards[-1].as_strided(plain.shape, plain.stride(), GUARD)
-
-        return wrapped
-
-    with (
-        mock.patch.object(torch, "empty_like", guarded(torch.empty_like)),
-        mock.patch.object(torch.Tensor, "new_empty", guarded(torch.Tensor.new_empty)),
-    ):
-        yield guards
 
 
 @check("cases")

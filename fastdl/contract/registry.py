@@ -35,6 +35,7 @@ def check(scope: Scope, *, dtypes: tuple[torch.dtype, ...] = (), slow: bool = Fa
 
 def cases_of(spec: Spec, scope: Scope) -> list[Case]:
     """The cases of a spec on which checks of this scope run."""
+    assert 1 <= len(spec.core) <= 5, f"{spec.name}: mark one to five cases as core"
     return {
         "cases": list(spec.cases),
         "exact": [case for case in spec.cases if case.exact],
@@ -44,9 +45,12 @@ def cases_of(spec: Spec, scope: Scope) -> list[Case]:
     }[scope]
 
 
+def named(name: str) -> Callable[[str], str]:
+    """A message that begins with what it is about."""
+    return lambda text: f"{name}: {text}"
+
+
 def same(got: list[Tensor], expected: list[Tensor], what: str) -> None:
     """Bit equality."""
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(
-            a, b, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}"
-        )
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=named(what))

@@ -150,7 +150,7 @@ def _other_checks(spec: Spec, device: str) -> Iterator[Step]:
             yield check.name, partial(check.function, spec, device)
         elif check.name not in ("accurate", "exact"):
             for case in cases_of(spec, check.scope):
-                for args in [(dtype,) for dtype in check.dtypes] or [()]:
+                for args in [[dtype] for dtype in check.dtypes] or [[]]:
                     step = partial(check.function, spec, case, device, *args)
                     yield f"{check.name}, {case.name}", step
 

@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +18,7 @@ from ..ops._route import policy
 from ._hazards import Hazards, autocast_at, nodes_in
 from ._match import Match, Pattern, matches, patterns_by_op
 from ._normalize import Calls, clean, value
-
-
-class Site(NamedTuple):
-    """Where a spelling was found, and why it was left as it is; None where it was replaced."""
-
-    name: str
-    pattern: str
-    op: str
-    reason: str | None
-
+from .plan import Site
 
 # Arguments that an op adds at its ends: none of them may change the shape or dtype of the result.
 _ADDED = ("residual", "scale", "shift")
