@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     missing = "" if gpu else ", the driver's launch missing from ours"
     print(f"host time a call in us on this {'machine' if gpu else f'CPU{missing}'}")
     for name, us in found.items():
-        expected = f"   {EXPECTED[name]:5.1f} in the design" if name in EXPECTED else ""
+        expected = f"   {EXPECTED[name]:5.1f} seen elsewhere" if name in EXPECTED else ""
         print(f"{us:8.1f}  {us / found['torch.add']:6.1f} x add  {name}{expected}")
     return 0
 
