@@ -36,13 +36,14 @@ class Maker:
         self.rounded, self.dtype, self.device = rounded, dtype or rounded, device
         self.layout, self.integers, self.grad = layout, integers, grad
         self.generator = torch.Generator().manual_seed(seed)
+        self.arranged: Callable[[Tensor], Tensor] = lambda leaf: leaf
         self.leaves: list[Tensor] = []
         self.guards: list[Tensor] = []
 
     def __call__(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         """A leaf tensor of scale * normal values + shift, or of small integers."""
         values = self.values(shape, scale, shift)
-        leaf = self._laid_out(values) if values.numel() else values
+        leaf = self.arranged(self._laid_out(values)) if values.numel() else values
         self.leaves.append(leaf.detach().requires_grad_(self.grad))
         return self.leaves[-1]
 

@@ -109,6 +109,27 @@ def sliced(spec: Spec, case: Case, device: str) -> None:
 
 
 @check("core")
+def expanded(spec: Spec, case: Case, device: str) -> None:
+    """One row standing for all of them, with a stride of 0."""
+
+    def leaf(t: Tensor) -> Tensor:
+        return t[:1].expand_as(t) if t.dim() > 1 else t
+
+    def values(mode: Any, dtype: torch.dtype) -> list[Tensor]:
+        maker = Maker(dtype=dtype, device=device, grad=False)
+        maker.arranged = leaf
+        return run(case, maker, mode).outputs
+
+    error = compare(
+        values("fused", torch.float32),
+        values("definition", torch.float32),
+        values("definition", torch.float64),
+        FORWARD,
+    )
+    assert error.ok, f"our error is {error.ours:.2e}, allowed is {error.allowed:.2e}"
+
+
+@check("core")
 def offset(spec: Spec, case: Case, device: str) -> None:
     """Data that does not start at a multiple of 16 bytes."""
     _in_layout("offset", case, device)
