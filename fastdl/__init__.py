@@ -24,7 +24,7 @@ _VERBS = {
     "tune": "tuned.tune",
     "env": "_env",
 }
-_MODULES = ("contract", "integrations", "nn", "optim", "optimize", "targets")
+_MODULES = ("contract", "nn", "optimize", "targets")
 
 
 def __getattr__(name: str) -> Any:
@@ -36,4 +36,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_VERBS, *_MODULES])
+    return sorted({*globals(), *_VERBS, *_MODULES})
