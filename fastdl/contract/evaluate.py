@@ -90,6 +90,10 @@ class Error:
     def ok(self) -> bool:
         return self.ours <= self.allowed
 
+    def require(self, what: str) -> None:
+        """Raise unless the error is within the rule."""
+        assert self.ok, f"{what}: our error is {self.ours:.2e}, allowed is {self.allowed:.2e}"
+
     def worst(self, other: "Error") -> "Error":
         return max(self, other, key=Error.share)
 
