@@ -373,6 +373,22 @@ def test_then(then, fused, device):
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_fused_ops_stand_in_what_inductor_runs(fused, device):
+    """Forward and backward, with dynamic shapes: equal numbers would not show them gone."""
+    run_and_get_code = importlib.import_module("torch._inductor.utils").run_and_get_code
+    x, w, b = tensors((3, 8), (8, 8), (8,), device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: F.layer_norm(F.gelu(F.linear(x, w, b)), (8,)),
+        backend=fastdl.backend,
+        options={"then": "inductor"},
+        dynamic=True,
+    )
+    _, code = run_and_get_code(lambda: torch.autograd.grad(compiled(x).sin().sum(), (x, w, b)))
+    for op in ("linear", "linear_backward", "layer_norm", "layer_norm_backward"):
+        assert f"torch.ops.fastdl.{op}.default" in "".join(code), op
+
+
 def test_a_fused_op_in_the_model_stays_and_leaves_nothing(fused, device):
     x, w = tensors((3, 8), (8, 8), grad=False, device=device)
     compiled = Compiled(lambda x: F.relu(FF.linear(x, w, activation="gelu")))
