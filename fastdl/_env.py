@@ -90,7 +90,7 @@ def _driver() -> str | None:
 
 def _devices() -> list[_launch.Device]:
     # counting asks the driver's management library; only properties make a context
-    return [_launch._gpu(index) for index in range(torch.cuda.device_count())]
+    return [_launch.gpu_facts(index) for index in range(torch.cuda.device_count())]
 
 
 def _tables(gpu: str) -> list[str]:

@@ -111,11 +111,11 @@ def device_of(tensor: Tensor) -> Device:
     """The facts that launch configurations for `tensor` depend on."""
     if _state.recorder is not None and _state.recorder.device is not None:
         return _state.recorder.device
-    return INTERPRETER if INTERPRETED else _gpu(tensor.device.index)
+    return INTERPRETER if INTERPRETED else gpu_facts(tensor.device.index)
 
 
 @functools.cache
-def _gpu(index: int) -> Device:
+def gpu_facts(index: int) -> Device:
     facts: Any = torch.cuda.get_device_properties(index)  # its stub lacks fields
     if torch.version.hip:
         return Device(

@@ -162,7 +162,7 @@ class Op(NamedTuple):
     """The forms of one op: its definition, its autograd Function and what they share.
 
     All take the arguments of `Function.apply`. `vendor(*args)` is torch's best call, or None where
-    it does not support the options.
+    it does not support the options. `decline` says by statics why the kernels should not run.
     """
 
     name: str
@@ -170,13 +170,16 @@ class Op(NamedTuple):
     function: type[torch.autograd.Function]
     inference: Callable[..., Any]
     vendor: Callable[..., Any] | None = None
+    decline: Callable[..., Reason | None] = lambda *args: None
 
     def __call__(self, *args: Any) -> Any:
         """Run the fused form where it may run, else torch."""
         tensors = [a for a in args if isinstance(a, Tensor)]
         reason = _route.decide(self.name, *tensors)
+        if reason is None and (reason := self.decline(*args)) is not None:
+            _route.report(self.name, "call", reason)
         if reason is not None:
-            if reason is not Reason.POLICY and self.vendor is not None:
+            if reason in _route.FOR_VENDOR and self.vendor is not None:
                 result = self.vendor(*args)
                 if result is not None:
                     return result

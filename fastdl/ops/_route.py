@@ -45,6 +45,9 @@ class Reason(enum.Enum):
 # Nothing is lost by running torch for these, or nothing else is possible: no policy complains.
 QUIET = frozenset({Reason.POLICY, Reason.EMPTY})
 
+# torch's own call serves where the kernels cannot; the definition is for truth and for transforms.
+FOR_VENDOR = frozenset({Reason.TRITON, Reason.DEVICE, Reason.TOOLCHAIN, Reason.OPTION})
+
 FUSED_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 # Fake and functional tensors stand for plain ones: were they foreign, the op would vanish from

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ._launch import Device
+import torch
+
+from ._launch import INTERPRETED, Device, gpu_facts
 
 # Older ones may reuse the registers of a wgmma's operand A before the product has read them.
 FIRST_GOOD = (13, 1, 80)
@@ -89,3 +91,14 @@ def miscompiles_register_a(device: Device) -> bool:
 def _is_good(arch: int) -> bool:
     ptxas = ptxas_in_use(arch)
     return ptxas is not None and ptxas.good
+
+
+def register_a_is_safe(device: torch.device) -> bool:
+    """`miscompiles_register_a` of a torch device, for functions that Dynamo traces."""
+    if device.type != "cuda" or INTERPRETED:
+        return True
+    return not miscompiles_register_a(gpu_facts(device.index or 0))
+
+
+# What torch.compiler.assume_constant_result sets, which would import Dynamo.
+register_a_is_safe._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -115,7 +115,7 @@ def tune(
 def this_gpu() -> Device | None:
     if not torch.cuda.is_available() or _launch.INTERPRETED:
         return None
-    return _launch._gpu(torch.cuda.current_device())
+    return _launch.gpu_facts(torch.cuda.current_device())
 
 
 def _plan(ops: Any, shapes: Any, dtypes: Any) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:

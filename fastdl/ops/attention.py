@@ -1,0 +1,744 @@
+"""Attention: softmax(logits) v, with everything that people put into the logits."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _tuned
+from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
+from ._op import (
+    LibraryOp,
+    Op,
+    autocast_to_lower,
+    differentiating,
+    gradients,
+    second_derivative,
+)
+from ._rng import draw_seed, dropout
+from ._route import Reason
+from ._toolchain import register_a_is_safe
+
+ATTENTION_FWD = Kernel("attention.attention_fwd")
+ATTENTION_MERGE = Kernel("attention.attention_merge")
+ATTENTION_DELTA = Kernel("attention_backward.attention_delta")
+ATTENTION_DQ = Kernel("attention_backward.attention_dq")
+ATTENTION_DKDV = Kernel("attention_backward.attention_dkdv")
+ATTENTION_DBIAS = Kernel("attention_backward.attention_dbias")
+
+NEVER = float("-inf")
+# Kernels have the logsumexp in base 2.
+LN2 = math.log(2.0)
+
+
+class Given(NamedTuple):
+    """The arguments of the op. q, k and v are [batch, head, position, column], packed ones of one
+    batch; pages of keys are batches. A limit of -1 is none, and so is a softcap of 0.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    slopes: Tensor | None
+    sinks: Tensor | None
+    seed: Tensor | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    used_k: Tensor | None
+    table: Tensor | None
+    max_q: int
+    max_k: int
+    left: int
+    right: int
+    scale: float
+    softcap: float
+    p: float
+    splits: int
+
+
+TENSORS = Given._fields.index("max_q")
+
+
+def definition(*args: Any) -> Any:
+    """softmax(logits) v, with `return_lse` (the last argument) the logsumexp of the logits too.
+
+    logits = softcap tanh(q kᵀ scale / softcap) + bias - slope |i - j|, -inf where hidden. A sink
+    is one more, without a value.
+    """
+    a, return_lse = Given(*args[:-1]), args[-1]
+    wide = torch.promote_types(a.q.dtype, torch.float32)
+    a = _out_of_pages(a)
+    seen = _seen(a)
+    group = a.q.shape[1] // a.k.shape[1]
+    matters = seen.any(-2)[..., None]  # what nobody sees may hold NaN
+    k, v = (
+        torch.where(matters, x.repeat_interleave(group, 1) if group > 1 else x, 0.0)
+        for x in (a.k, a.v)
+    )
+    s = (a.q @ k.mT).to(wide) * a.scale
+    if a.softcap:
+        s = a.softcap * torch.tanh(s / a.softcap)
+    if a.mask is not None and a.mask.dtype != torch.bool:
+        s = s + a.mask
+    if a.slopes is not None:
+        i, j = _positions(a)
+        s = s - a.slopes[:, None, None] * (i - j).abs()
+    s = s.masked_fill(~seen, NEVER)
+    if a.sinks is not None:
+        s = torch.cat([a.sinks[:, None, None].to(wide).expand(*s.shape[:-1], 1), s], -1)
+    blind = (s == NEVER).all(-1, keepdim=True)
+    probabilities = torch.softmax(s.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
+    probabilities = probabilities[..., 0 if a.sinks is None else 1 :]
+    rows = math.prod(probabilities.shape[:-1])
+    o = dropout(probabilities, a.seed, a.p, rows).to(v.dtype) @ v
+    return (o, torch.logsumexp(s, -1)) if return_lse else o
+
+
+def _positions(a: Given) -> tuple[Tensor, Tensor]:
+    """Of queries, as a column, and of keys. Packed sequences end together."""
+    i = torch.arange(a.q.shape[2], device=a.q.device)
+    j = torch.arange(a.k.shape[2], device=a.q.device)
+    if a.cu_q is None or a.cu_k is None:
+        return i[:, None], j
+    of_i, of_j = _sequence_of(a.cu_q, i), _sequence_of(a.cu_k, j)
+    shift = _lengths(a.cu_k, a.used_k) - _lengths(a.cu_q)
+    return (i - a.cu_q[of_i] + shift[of_i])[:, None], j - a.cu_k[of_j]
+
+
+def _seen(a: Given) -> Tensor:
+    """Whether a query sees a key, [batch, head, query, key] or what broadcasts to it."""
+    i, j = _positions(a)
+    seen = (j >= 0)[None, :]
+    if a.cu_q is not None and a.cu_k is not None:
+        n = a.cu_k.numel() - 1
+        of_i = _sequence_of(a.cu_q, torch.arange(a.q.shape[2], device=a.q.device))
+        of_j = _sequence_of(a.cu_k, torch.arange(a.k.shape[2], device=a.q.device))
+        seen = (of_i[:, None] == of_j) & (of_j < n) & (j < _lengths(a.cu_k, a.used_k)[of_j])
+    if a.left >= 0:
+        seen = seen & (j >= i - a.left)
+    if a.right >= 0:
+        seen = seen & (j <= i + a.right)
+    if a.mask is not None and a.mask.dtype == torch.bool:
+        seen = seen & a.mask
+    return seen
+
+
+def _sequence_of(cu: Tensor, place: Tensor) -> Tensor:
+    """Which sequence a place in a packed tensor belongs to; past the last one, their number."""
+    return torch.searchsorted(cu[1:], place.to(cu.dtype), right=True)
+
+
+def _lengths(cu: Tensor, used: Tensor | None = None) -> Tensor:
+    """Of all sequences, and 0 for what belongs to none."""
+    lengths = cu.diff()
+    lengths = lengths if used is None else torch.minimum(lengths, used.to(lengths.dtype))
+    return F.pad(lengths, (0, 1))
+
+
+def _out_of_pages(a: Given) -> Given:
+    """Pages gathered into a packed tensor in which all sequences have room for as many keys."""
+    if a.table is None:
+        return a
+    table = a.table.clamp(0, a.k.shape[0] - 1).long()
+    k, v = (x[table].permute(2, 0, 1, 3, 4).flatten(1, 3)[None] for x in (a.k, a.v))
+    room = table.shape[1] * a.k.shape[2]
+    cu_k = torch.arange(table.shape[0] + 1, device=table.device, dtype=torch.int32) * room
+    return a._replace(k=k, v=v, cu_k=cu_k, table=None)
+
+
+def vendor(*args: Any) -> Any:
+    """torch's call, for what it has."""
+    a, return_lse = Given(*args[:-1]), args[-1]
+    more = (a.slopes, a.sinks, a.seed, a.cu_q)
+    causal = (a.left, a.right) == (-1, 0)
+    limited = not causal and (a.left >= 0 or a.right >= 0)
+    if return_lse or limited or a.softcap or any(t is not None for t in more):
+        return None
+    if causal and a.mask is not None:
+        return None
+    return F.scaled_dot_product_attention(
+        a.q, a.k, a.v, a.mask, is_causal=causal, scale=a.scale,
+        enable_gqa=a.q.shape[1] != a.k.shape[1],
+    )  # fmt: skip
+
+
+def choose(part: str, rows: int, D: int, dtype: torch.dtype, device: Device) -> Config:
+    """Blocks of rows and keys. `part` is "forward", "dq", "dkdv" or "dbias"; D the wider head."""
+    op = "attention" if part == "forward" else f"attention_{part}"
+    tuned = _tuned.lookup(op, dtype, (min(rows, 128), D), device)
+    return tuned or _rule(part, min(power_of_2(rows), 128), _width(D), _exact(dtype), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rule(part: str, rows: int, D: int, exact: bool, device: Device) -> Config:
+    if device.backend == "interpreter":
+        return _config(*((min(32, max(rows, 16)), 16) if part == "forward" else (16, 32)), 4, 1)
+    return _config(64, 64, 4, 2)
+
+
+def _config(m: int, n: int, warps: int, stages: int) -> Config:
+    return Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
+
+
+def _width(D: int) -> int:
+    return max(power_of_2(D), 16)
+
+
+def _exact(dtype: torch.dtype) -> bool:
+    """Whether products are of float32 as it is, for which there are no tensor cores."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def _splits(programs: int, max_k: int, device: Device) -> int:
+    """Keys are split while there are few programs, each for a quarter of a thousand or more."""
+    if 2 * programs > device.sms:
+        return 1
+    least = 32 if device.backend == "interpreter" else 256
+    return max(1, min(cdiv(2 * device.sms, programs), max_k // least, 64))
+
+
+def _in_rows(a: Given) -> Given:
+    """Columns side by side. Copies only what is not."""
+    q, k, v, mask = (_dense(x) for x in (a.q, a.k, a.v, a.mask))
+    slopes, sinks = (None if x is None else x.contiguous() for x in (a.slopes, a.sinks))
+    return a._replace(q=q, k=k, v=v, mask=mask, slopes=slopes, sinks=sinks)
+
+
+def _dense(x: Any) -> Any:
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _batches(a: Given) -> int:
+    return a.q.shape[0] if a.cu_q is None else a.cu_q.numel() - 1
+
+
+def _group(a: Given) -> int:
+    """Query heads that share a key-value head."""
+    return a.q.shape[1] // a.k.shape[1]
+
+
+def _longest(a: Given) -> tuple[int, int]:
+    """The most queries and keys that a sequence has."""
+    return (a.q.shape[2], a.k.shape[2]) if a.cu_q is None else (a.max_q, a.max_k)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def _mask_strides(mask: Tensor | None) -> tuple[int | None, ...]:
+    """Of batch, head and query, 0 where one stands for all. (..., None): one row for a batch."""
+    if mask is None:
+        return 0, 0, None
+    b, h, q = (0 if n == 1 else s for n, s in zip(mask.shape[:3], mask.stride()[:3], strict=True))
+    return b, h, q if h or q else None
+
+
+def _numbers(a: Given) -> tuple[Any, ...]:
+    """scale, softcap, left, right and p as kernels take them: None is none."""
+    left, right = (None if limit < 0 else limit for limit in (a.left, a.right))
+    return a.scale, a.softcap or None, left, right, a.p
+
+
+def _constants(a: Given) -> dict[str, Any]:
+    D, DV = a.q.shape[3], a.v.shape[3]
+    return {
+        "D": D, "DV": DV, "BLOCK_D": _width(D), "BLOCK_DV": _width(DV),
+        "PRECISION": "ieee" if _exact(a.q.dtype) else "tf32",
+    }  # fmt: skip
+
+
+def _folded(a: Given) -> bool:
+    """Whether logits are products times a positive scale, which can wait for the exponential."""
+    bias = a.mask is not None and a.mask.dtype != torch.bool
+    return a.scale > 0 and not (a.softcap or bias or a.slopes is not None)
+
+
+def _new_rows(like: Tensor, columns: int, packed: bool) -> Tensor:
+    """An output with the order of memory of `like`; rows of no sequence are 0 where packed."""
+    if like.stride(-1) == 1 and columns == like.shape[-1]:
+        return torch.zeros_like(like) if packed else torch.empty_like(like)
+    shape = (*like.shape[:-1], columns)
+    return like.new_zeros(shape) if packed else like.new_empty(shape)
+
+
+def _like(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    packed = rest[Given._fields.index("cu_q") - 3] is not None
+    o, shape = _new_rows(q, v.shape[3], packed), q.shape[:3]
+    if packed:
+        return o, q.new_full(shape, NEVER, dtype=torch.float32)
+    return o, q.new_empty(shape, dtype=torch.float32)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None,
+    sinks: Tensor | None, seed: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
+    used_k: Tensor | None, table: Tensor | None, max_q: int, max_k: int, left: int, right: int,
+    scale: float, softcap: float, p: float, splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    given = Given(q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, used_k, table, max_q, max_k,
+                  left, right, scale, softcap, p, splits)  # fmt: skip
+    o, lse = _like(*given)
+    a, device = _in_rows(given), device_of(q)
+    longest, longest_k = _longest(a)
+    config = choose("forward", longest * _group(a), max(q.shape[3], v.shape[3]), q.dtype, device)
+    blocks = cdiv(longest * _group(a), config["BLOCK_M"])
+    programs = blocks * k.shape[1] * _batches(a)
+    bias = mask is not None and mask.dtype != torch.bool
+    # the parts of a row cannot be merged that has nothing but the lowest bias
+    splits = 1 if bias else splits or _splits(programs, longest_k, device)
+    outputs, part_sizes = (o, lse), (0, 0)
+    if splits > 1:
+        parts = q.new_empty((splits, *o.shape), dtype=torch.float32)
+        # rows of no sequence are not written
+        lse_parts = q.new_full((splits, *lse.shape), NEVER, dtype=torch.float32)
+        outputs, part_sizes = (parts, lse_parts), (o.numel(), lse.numel())
+    n_k, table_row = k.shape[2], (0, 1)
+    if table is not None:
+        n_k, table_row = table.shape[1] * k.shape[2], (table.stride(0), k.shape[2])
+    launch(
+        ATTENTION_FWD, (programs, splits),
+        *a[:3], a.mask, a.slopes, a.sinks, seed, cu_q, cu_k, used_k, table, *outputs,
+        *_strides(a.q, a.k, a.v, outputs[0] if splits == 1 else outputs[0][0]),
+        *_mask_strides(a.mask), *table_row, *part_sizes,
+        q.shape[1], _group(a), q.shape[2], n_k, blocks, *_numbers(a),
+        **_constants(a), FOLDED=_folded(a), config=config,
+    )  # fmt: skip
+    if splits > 1:
+        _merge(*outputs, o, lse)
+    return o, lse
+
+
+def _merge(parts: Tensor, lse_parts: Tensor, o: Tensor, lse: Tensor) -> None:
+    width = _width(o.shape[3])
+    config = Config({"BLOCK_M": max(1, 2048 // width)}, 4, 1)
+    launch(
+        ATTENTION_MERGE, (cdiv(lse.numel(), config["BLOCK_M"]),),
+        parts, lse_parts, o, lse, *_strides(o), o.shape[1], o.shape[2], lse.numel(),
+        parts.shape[0], DV=o.shape[3], BLOCK_DV=width, config=config,
+    )  # fmt: skip
+
+
+def _torch_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    o, lse = _like(*args)
+    result, natural = definition(*args, True)
+    return o.copy_(result), lse.copy_(natural / LN2)
+
+
+def _decline(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Reason | None:
+    if k.numel() == 0 or v.numel() == 0:
+        return Reason.EMPTY
+    return Reason.SIZE if max(q.shape[3], v.shape[3]) > 512 else None
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _like_backward(do: Tensor, dlse: Any, o: Tensor, lse: Tensor, *rest: Any) -> Gradients:
+    *args, needs = rest
+    a = Given(*args)
+    packed = a.cu_q is not None
+    made = [
+        _new_rows(x, x.shape[-1], packed) if need else None
+        for x, need in zip((a.q, a.k, a.v), needs[:3], strict=True)
+    ]
+    made += [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else None  # type: ignore[arg-type]
+        for x, need in zip((a.mask, a.sinks), needs[3:], strict=True)
+    ]
+    return tuple(made)  # type: ignore[return-value]
+
+
+def _backward(
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None,
+    sinks: Tensor | None, seed: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
+    used_k: Tensor | None, table: Tensor | None, max_q: int, max_k: int, left: int, right: int,
+    scale: float, softcap: float, p: float, splits: int, needs: list[bool],
+) -> Gradients:  # fmt: skip
+    given = Given(q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, used_k, table, max_q, max_k,
+                  left, right, scale, softcap, p, splits)  # fmt: skip
+    dq, dk, dv, dmask, dsinks = _like_backward(do, dlse, o, lse, *given, needs)
+    a, do = _in_rows(given), _dense(do)
+    delta = _delta(o, do, dlse)
+    if dq is not None:
+        _launch_dq(a, do, lse, delta, dq)
+    if dk is not None or dv is not None:
+        _launch_dkdv(a, do, lse, delta, dk, dv)
+    if dmask is not None:
+        dmask = _launch_dbias(a, do, lse, delta)
+    if sinks is not None and dsinks is not None:
+        # a sink has no value, so its dp is 0
+        weight = torch.exp2(sinks.float()[:, None] / LN2 - lse).masked_fill(lse == NEVER, 0.0)
+        dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dmask, dsinks
+
+
+def _delta(o: Tensor, do: Tensor, dlse: Tensor | None) -> Tensor:
+    delta, width = o.new_empty(o.shape[:3], dtype=torch.float32), _width(o.shape[3])
+    config = Config({"BLOCK_M": max(1, 4096 // width)}, 4, 1)
+    launch(
+        ATTENTION_DELTA, (cdiv(delta.numel(), config["BLOCK_M"]),),
+        o, do, None if dlse is None else dlse.contiguous(), delta, *_strides(o, do),
+        o.shape[1], o.shape[2], delta.numel(),
+        DV=o.shape[3], BLOCK_DV=width, config=config,
+    )  # fmt: skip
+    return delta
+
+
+def _launch_dq(a: Given, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
+    rows, group = _longest(a)[0], _group(a)
+    width = max(a.q.shape[3], a.v.shape[3])
+    config = choose("dq", rows * group, width, a.q.dtype, device_of(dq))
+    blocks = cdiv(rows * group, config["BLOCK_M"])
+    launch(
+        ATTENTION_DQ, (blocks * a.k.shape[1] * _batches(a),),
+        *a[:3], a.mask, a.slopes, a.seed, a.cu_q, a.cu_k, a.used_k, do, lse, delta, dq,
+        *_strides(a.q, a.k, a.v, do, dq), *_mask_strides(a.mask),
+        a.q.shape[1], group, a.q.shape[2], a.k.shape[2], blocks, *_numbers(a),
+        **_constants(a), FOLDED=_folded(a), config=config,
+    )  # fmt: skip
+
+
+def _launch_dkdv(a: Given, do: Tensor, lse: Tensor, delta: Tensor, dk: Any, dv: Any) -> None:
+    width = max(a.q.shape[3], a.v.shape[3])
+    config = choose("dkdv", _longest(a)[0], width, a.q.dtype, device_of(do))
+    blocks = cdiv(_longest(a)[1], config["BLOCK_N"])
+    launch(
+        ATTENTION_DKDV, (blocks * a.k.shape[1] * _batches(a),),
+        *a[:3], a.mask, a.slopes, a.seed, a.cu_q, a.cu_k, a.used_k, do, lse, delta, dk, dv,
+        *_strides(a.q, a.k, a.v, do, a.k if dk is None else dk, a.v if dv is None else dv),
+        *_mask_strides(a.mask),
+        a.q.shape[1], _group(a), a.q.shape[2], a.k.shape[2], blocks, *_numbers(a),
+        **_constants(a), FOLDED=_folded(a), config=config,
+    )  # fmt: skip
+
+
+def _launch_dbias(a: Given, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of the bias, of its own shape."""
+    assert a.mask is not None
+    (B, H, Sq), device = a.q.shape[:3], device_of(do)
+    own_batches, own_heads, own_queries, Sk = a.mask.shape
+    width = max(a.q.shape[3], a.v.shape[3])
+    config = choose("dbias", Sq, width, a.q.dtype, device)
+    all_q, tiles_k = cdiv(Sq, config["BLOCK_M"]), cdiv(Sk, config["BLOCK_N"])
+    one_row = own_queries == 1
+    turns = (B // own_batches, H // own_heads, all_q if one_row else 1)
+    tiles_q = 1 if one_row else all_q
+    tiles = tiles_k * tiles_q * own_heads * own_batches
+    parts = max(1, min(math.prod(turns), 2 * device.sms // tiles))
+    dtype = a.mask.dtype if parts == 1 else torch.float32
+    dbias = a.q.new_empty((parts, *a.mask.shape), dtype=dtype)
+    launch(
+        ATTENTION_DBIAS, (tiles, parts),
+        *a[:3], a.mask, a.slopes, a.seed, do, lse, delta, dbias,
+        *_strides(a.q, a.k, a.v, do), *_mask_strides(a.mask),
+        H, _group(a), Sq, Sk, tiles_q, tiles_k, own_heads, *turns, a.mask.numel(), *_numbers(a),
+        **_constants(a), ONE_ROW=one_row, config=config,
+    )  # fmt: skip
+    return dbias[0] if parts == 1 else dbias.sum(0).to(a.mask.dtype)
+
+
+def _torch_backward(
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, *rest: Any
+) -> Gradients:
+    *args, needs = rest
+    made = _like_backward(do, dlse, o, lse, *rest)
+    wanted = _wanted(needs)
+    upstream = do if dlse is None else (do, dlse)
+    found = gradients(definition, (*args, dlse is not None), upstream, wanted)
+    return tuple(  # type: ignore[return-value]
+        None if new is None else new.copy_(found[i])
+        for new, i in zip(made, DIFFERENTIABLE, strict=True)
+    )
+
+
+# q, k, v, the mask where it is a bias, and the sinks.
+DIFFERENTIABLE = tuple(map(Given._fields.index, ("q", "k", "v", "mask", "sinks")))
+
+
+def _wanted(needs: Any) -> list[bool]:
+    """`needs` of those that are differentiable, among all arguments of the definition."""
+    by_place = dict(zip(DIFFERENTIABLE, needs, strict=True))
+    return [by_place.get(i, False) for i in range(len(Given._fields) + 1)]
+
+
+FORWARD = LibraryOp("attention", _forward, like=_like, torch_form=_torch_forward, decline=_decline)
+BACKWARD = LibraryOp(
+    "attention_backward",
+    _backward,
+    like=_like_backward,
+    torch_form=_torch_backward,
+    decline=lambda do, dlse, o, lse, *args: _decline(*args),
+)
+
+# The definition keeps all probabilities; more than this of them is a mistake.
+LARGEST_DEFINITION = 1 << 33
+
+
+class AttentionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        *given, return_lse = args
+        o, lse = FORWARD.overload(*given)
+        ctx.save_for_backward(*given[:TENSORS], o, lse)
+        ctx.options, ctx.return_lse = tuple(given[TENSORS:]), return_lse
+        ctx.set_materialize_grads(False)
+        return (o, lse * LN2) if return_lse else o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None = None) -> Any:
+        *tensors, o, lse = ctx.saved_tensors
+        args = (*tensors, *ctx.options)
+        needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
+        if do is None:
+            do = torch.zeros_like(o)
+        if differentiating():
+            _require_small(Given(*args))
+            both = (*args, dlse is not None)
+            upstream = do if dlse is None else (do, dlse)
+            return tuple(second_derivative("attention", definition, both, upstream, _wanted(needs)))
+        found = BACKWARD.overload(do, dlse, o, lse, *args, needs)
+        by_place = dict(zip(DIFFERENTIABLE, found, strict=True))
+        return tuple(by_place.get(i) for i in range(len(args) + 1))
+
+
+def _require_small(a: Given) -> None:
+    count = a.q.shape[:3].numel() * a.k.shape[2]
+    if count > LARGEST_DEFINITION:
+        raise RuntimeError(
+            f"attention: the second derivative needs all {count} probabilities at once,"
+            f" {count * 4 / 2**30:.0f} GiB each time they are kept; differentiate shorter sequences"
+        )
+
+
+def _inference(*args: Any) -> Any:
+    *given, return_lse = args
+    o, lse = FORWARD.overload(*given)
+    return (o, lse * LN2) if return_lse else o
+
+
+def _unsafe(*args: Any) -> Reason | None:
+    """Kernels keep probabilities in registers and multiply them by values."""
+    return None if register_a_is_safe(args[0].device) else Reason.TOOLCHAIN
+
+
+OP = Op("attention", definition, AttentionFunction, _inference, vendor, _unsafe)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """softmax(query @ key.T * scale + mask) @ value for [..., heads, position, column].
+
+    Causal masks and windows count positions of queries and keys from the first (top-left). In this
+    order: softcap * tanh(logits / softcap), + a float `attn_mask`, - alibi_slopes[head] * |i - j|,
+    -inf where `attn_mask` is False or i is beyond window_size = (left, right) of j (-1: no limit).
+    A sink per head is one more logit without a value. A query that sees nothing gets 0. With
+    `return_lse` also the natural logsumexp of the logits, in float32.
+    """
+    _check(query, key, value, attn_mask, dropout_p, enable_gqa, window_size, alibi_slopes, sinks)
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    lead = query.shape[:-2]
+    q, k, v = _four_dimensions(query, key, value)
+    mask = _mask_for(attn_mask, query, q, k)
+    left, right = window_size
+    right = 0 if is_causal else right
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        mask, alibi_slopes = _with_alibi(mask, alibi_slopes, q, k), None
+    seed = draw_seed(q.device) if dropout_p > 0 else None
+    out = OP(
+        q, k, v, mask, alibi_slopes, sinks, seed, None, None, None, None, 0, 0, left, right,
+        q.shape[-1] ** -0.5 if scale is None else float(scale), float(softcap), dropout_p, 0,
+        return_lse,
+    )  # fmt: skip
+    if not return_lse:
+        return out.reshape(*lead, *out.shape[-2:])
+    o, lse = out
+    return o.reshape(*lead, *o.shape[-2:]), lse.reshape(*lead, lse.shape[-1])
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> Any:
+    """Attention of sequences packed one after another: query [places, heads, column].
+
+    Sequence n has the places cu_seq_q[n] to cu_seq_q[n + 1], of its keys seqused_k[n] count. With a
+    `block_table` [sequences, pages], key and value are pages [page, place, head, column]. The last
+    query stands at the last key (bottom-right): window_size=(-1, 0) is causal. `return_lse`, or
+    return_aux.lse, adds the logsumexp [heads, places]. One split gives a sequence the same bits in
+    every batch.
+    """
+    paged = block_table is not None
+    _check_varlen(query, key, value, cu_seq_q, cu_seq_k, enable_gqa, seqused_k, block_table)
+    _check_window("varlen_attn", window_size)
+    query, key, value = autocast_to_lower(query, key, value)
+    k, v = (x.transpose(1, 2) if paged else x.transpose(0, 1)[None] for x in (key, value))
+    out = OP(
+        query.transpose(0, 1)[None], k, v, None, None, None, None,
+        cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, *window_size,
+        query.shape[-1] ** -0.5 if scale is None else float(scale), float(softcap), 0.0,
+        num_splits or 0, True,
+    )  # fmt: skip
+    o, lse = out[0][0].transpose(0, 1), out[1][0]
+    return (o, lse) if return_lse or (return_aux is not None and return_aux.lse) else o
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+    if mask is None or mask.dtype == torch.bool:
+        return (*autocast_to_lower(q, k, v), mask)
+    return autocast_to_lower(q, k, v, mask)
+
+
+def _four_dimensions(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """[batch, head, position, column], of one batch and, but for queries, one number of heads."""
+    if q.dim() < 4:
+        return tuple(x[(None,) * (4 - q.dim())] for x in (q, k, v))
+    batches = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    heads = max(k.shape[-3], v.shape[-3])
+    k, v = (x.repeat_interleave(heads // x.shape[-3], -3) if x.shape[-3] != heads else x
+            for x in (k, v))  # fmt: skip
+    return tuple(
+        x.expand(*batches, *x.shape[-3:]).flatten(0, -4) if x.shape[:-3] != batches or x.dim() > 4
+        else x
+        for x in (q, k, v)
+    )  # fmt: skip
+
+
+def _mask_for(mask: Tensor | None, query: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
+    """The mask as [1 or batch, 1 or head, 1 or query, key]."""
+    if mask is None:
+        return None
+    if mask.dim() > 4 or (mask.dim() == 4 and query.dim() > 4):
+        mask = mask.expand(*query.shape[:-3], *mask.shape[-3:]).flatten(0, -4)
+    mask = mask[(None,) * (4 - mask.dim())]
+    return mask if mask.shape[-1] == k.shape[-2] else mask.expand(*mask.shape[:-1], k.shape[-2])
+
+
+def _with_alibi(mask: Tensor | None, slopes: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Slopes that learn, as a bias: the kernels give it a gradient."""
+    i = torch.arange(q.shape[-2], device=q.device)[:, None]
+    bias = -slopes[:, None, None] * (i - torch.arange(k.shape[-2], device=q.device)).abs()
+    if mask is None:
+        return bias[None]
+    return bias.masked_fill(~mask, NEVER) if mask.dtype == torch.bool else bias + mask
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, enable_gqa: bool,
+    window: tuple[int, int], slopes: Tensor | None, sinks: Tensor | None,
+) -> None:  # fmt: skip
+    op = "scaled_dot_product_attention"
+    if not (q.dim() == k.dim() == v.dim() >= 2):
+        raise RuntimeError(
+            f"{op}: {_shapes(q, k, v)}; they must have as many dimensions, at least 2"
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        raise RuntimeError(
+            f"{op}: query is {q.dtype} on {q.device}, key {k.dtype} on {k.device},"
+            f" value {v.dtype} on {v.device}; they must match"
+        )
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        raise RuntimeError(
+            f"{op}: {_shapes(q, k, v)}; query and key must have as many columns,"
+            " key and value as many positions"
+        )
+    heads = [x.shape[-3] if x.dim() > 2 else 1 for x in (q, k, v)]
+    if not all(heads[0] == n or n == 1 or (enable_gqa and heads[0] % n == 0) for n in heads[1:]):
+        raise RuntimeError(
+            f"{op}: {_shapes(q, k, v)}; heads must match,"
+            " or those of query be a multiple with enable_gqa=True"
+        )
+    if mask is not None:
+        _check_mask(mask, q, k)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}, allowed is 0 to 1")
+    _check_window(op, window)
+    for name, x in (("alibi_slopes", slopes), ("sinks", sinks)):
+        if x is not None and tuple(x.shape) != (heads[0],):
+            raise RuntimeError(f"{op}: {name} is {tuple(x.shape)}, query has {heads[0]} heads")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"query is {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
+
+
+def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
+    op = "scaled_dot_product_attention"
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise RuntimeError(f"{op}: attn_mask is {mask.dtype}; allowed are bool and floating types")
+    whole = (*q.shape[:-1], k.shape[-2])
+    if mask.dim() > len(whole) or any(
+        m not in (1, n) for m, n in zip(mask.shape[::-1], whole[::-1], strict=False)
+    ):
+        raise RuntimeError(
+            f"{op}: attn_mask is {tuple(mask.shape)}, which does not broadcast to {tuple(whole)}"
+        )
+
+
+def _check_window(op: str, window: tuple[int, int]) -> None:
+    if len(window) != 2 or min(window) < -1:
+        raise ValueError(
+            f"{op}: window_size is {window}; allowed are two numbers from -1 (no limit)"
+        )
+
+
+def _check_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, enable_gqa: bool,
+    used: Tensor | None, table: Tensor | None,
+) -> None:  # fmt: skip
+    op, dims = "varlen_attn", 3 if table is None else 4
+    if q.dim() != 3 or not (k.dim() == v.dim() == dims):
+        raise RuntimeError(
+            f"{op}: {_shapes(q, k, v)}; allowed are"
+            " (places, heads, columns), and pages of them with a block_table"
+        )
+    if not (q.dtype == k.dtype == v.dtype):
+        raise RuntimeError(
+            f"{op}: query is {q.dtype}, key {k.dtype}, value {v.dtype}; they must match"
+        )
+    heads, kv_heads = q.shape[1], k.shape[-2]
+    if heads != kv_heads and not (enable_gqa and heads % kv_heads == 0):
+        raise ValueError(
+            f"{op}: query has {heads} heads, key {kv_heads}; they must match, or those of query be"
+            " a multiple with enable_gqa=True"
+        )
+    if table is not None and used is None:
+        raise RuntimeError(f"{op}: block_table needs seqused_k")
+    if table is None and cu_k is None:
+        raise RuntimeError(f"{op}: cu_seq_k is None, which only a block_table allows")
+    if table is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise RuntimeError(f"{op}: block_table is for inference; use torch.no_grad()")
