@@ -5,7 +5,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ._math import tanh
 from ._rng import dropout
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -162,10 +161,7 @@ def load_rows(src, start, n, keep, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKE
 
 @triton.jit
 def is_boolean(form):
-    boolean: tl.constexpr = False
-    if form.mask_ptr is not None:
-        boolean: tl.constexpr = form.mask_ptr.dtype.element_ty == tl.int1
-    return boolean
+    return False if form.mask_ptr is None else form.mask_ptr.dtype.element_ty == tl.int1
 
 
 @triton.jit
@@ -211,7 +207,8 @@ def logits(s, i, j, given, form, sees, CHECK: tl.constexpr):
     if form.scale is not None:
         s *= form.scale
     if form.softcap is not None:
-        t = tanh(s / form.softcap)
+        # tanh, less exact near 0 than where it is all there is
+        t = 1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 * LOG2E / form.softcap)))
         s = form.softcap * t
         steep = 1.0 - t * t
     if form.mask_ptr is not None and not is_boolean(form):

@@ -143,13 +143,15 @@ def add_dkdv(
     for start in range(begin, end, BLOCK_M):
         query = start + m
         inside = query < q_len
-        q_tile = load_rows(q, start, m, inside, D, keys.shape[1], CHECK)
-        do_tile = load_rows(do, start, m, inside, DV, values.shape[1], CHECK)
+        q_tile = load_rows(q, start, m, inside, D, keys.shape[1], True)
+        do_tile = load_rows(do, start, m, inside, DV, values.shape[1], True)
         lse, share = load_lse(lse_ptr, place + query, inside)
         delta = tl.load(delta_ptr + place + query, mask=inside, other=0.0)
+        # rows past the end see what the last query sees, and have a mask
+        query = tl.minimum(query, q_len - 1)
         mask_rows = mask_head
         if mask_q is not None:
-            mask_rows += tl.minimum(query, q_len - 1).to(tl.int64)[None, :] * mask_q
+            mask_rows += query.to(tl.int64)[None, :] * mask_q
         form = form_of(scale, softcap, mask_ptr, mask_rows, slopes, FOLDED)
         given = load_mask(form, j[:, None], sees.n_k)
         s = tl.dot(keys, q_tile.T, input_precision=PRECISION)
@@ -223,15 +225,17 @@ def attention_dkdv(
                 q_len, D, DV, BLOCK_M, FOLDED, PRECISION, True,
             )  # fmt: skip
         dk, dv = add_dkdv(
-            dk, dv, keys, values, first_key, q, do, lse_ptr, delta_ptr, place, full, rest,
+            dk, dv, keys, values, first_key, q, do, lse_ptr, delta_ptr, place, full,
+            end if left is None else rest,
             shift, mask_ptr, mask_head, mask_q, slopes, scale, softcap, sees, seed_ptr, p_drop,
             q_len, D, DV, BLOCK_M, FOLDED, PRECISION, False,
         )  # fmt: skip
-        dk, dv = add_dkdv(
-            dk, dv, keys, values, first_key, q, do, lse_ptr, delta_ptr, place, rest, end,
-            shift, mask_ptr, mask_head, mask_q, slopes, scale, softcap, sees, seed_ptr, p_drop,
-            q_len, D, DV, BLOCK_M, FOLDED, PRECISION, True,
-        )  # fmt: skip
+        if left is not None:
+            dk, dv = add_dkdv(
+                dk, dv, keys, values, first_key, q, do, lse_ptr, delta_ptr, place, rest, end,
+                shift, mask_ptr, mask_head, mask_q, slopes, scale, softcap, sees, seed_ptr, p_drop,
+                q_len, D, DV, BLOCK_M, FOLDED, PRECISION, True,
+            )  # fmt: skip
     if dk_ptr is not None:
         dk *= scale
         store_rows(dk_ptr, b, kv, k_start, dk_b, dk_h, dk_s, cu_k_ptr, dk, first_key, k_len, D)
@@ -312,8 +316,8 @@ def bias_turn(
 ):  # fmt: skip
     """ds of one tile."""
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    i, j = first + m, first_key + n
-    inside = i < n_q
+    j, inside = first_key + n, first + m < n_q
+    i = tl.minimum(first + m, n_q - 1)
     q_tile = load_rows(q, first, m, inside, D, BLOCK_D, True)
     do_tile = load_rows(do, first, m, inside, DV, BLOCK_DV, True)
     keys = load_rows(k, first_key, n, j < sees.n_k, D, BLOCK_D, True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..ops._op import NAMESPACE
+from ..ops._op import LIBRARY_OPS, NAMESPACE
 from ..ops._route import policy
 from .case import Case, Maker
 
@@ -50,6 +50,28 @@ class LibraryCalls(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.namespace == NAMESPACE:
             self.calls.append(LibraryCall(func, args, result))
+        return result
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes that are allocated inside of a with block, by library ops too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._seen: list[Tensor] = []  # kept, so that no memory is counted twice or missed
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == NAMESPACE:
+            with self:
+                return LIBRARY_OPS[func.name().split("::")[1]].launch(*args)
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                known = {t.untyped_storage().data_ptr() for t in self._seen}
+                if tensor.untyped_storage().data_ptr() not in known:
+                    self._seen.append(tensor)
+                    self.bytes += tensor.untyped_storage().nbytes()
         return result
 
 
