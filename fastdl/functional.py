@@ -24,6 +24,15 @@ from .ops.activation_functions import (
     tanh as tanh,
     tanhshrink as tanhshrink,
 )
+from .ops.attention import (
+    scaled_dot_product_attention as scaled_dot_product_attention,
+    varlen_attn as varlen_attn,
+)
+from .ops.attention_spellings import attention as _written_out  # noqa: F401 - fills SPELLINGS
 from .ops.layernorm import layer_norm as layer_norm
 from .ops.linear import linear as linear
 from .ops.mlp import mlp as mlp
+from .ops.multi_head_attention import (
+    multi_head_attention_forward as multi_head_attention_forward,
+)
+from .ops.rotary import apply_rotary_emb as apply_rotary_emb

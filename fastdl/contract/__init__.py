@@ -1,6 +1,6 @@
 """What every op must survive: its cases, and the checks that run on all of them."""
 
-from . import activation, layernorm, linear
+from . import activation, attention, layernorm, linear, rotary
 from .case import (
     DTYPES as DTYPES,
     BenchCase as BenchCase,
@@ -10,5 +10,6 @@ from .case import (
 )
 
 SPECS: dict[str, Spec] = {
-    spec.name: spec for spec in (linear.SPEC, activation.SPEC, layernorm.SPEC)
+    spec.name: spec
+    for spec in (linear.SPEC, activation.SPEC, layernorm.SPEC, attention.SPEC, rotary.SPEC)
 }

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from .. import functional as FF
+from .. import functional as FF, nn as fnn
 from .case import BadCall, BenchCase, Case, Maker, Spec
 
 Make = Callable[[Maker], "partial[Any]"]
@@ -96,31 +96,31 @@ def ends(t: Maker, lengths: Sequence[int]) -> Tensor:
 
 CAUSAL: dict[str, Any] = {"is_causal": True}
 MODELS = [
-    Case("GPT-2", "the diagonal", call(B=3, **CAUSAL), spelled=True),
-    Case("Llama", "heads that share keys", call(B=3, H=4, kv=2, Sq=21, **CAUSAL), core=True, spelled=True),
+    Case("GPT-2", "the diagonal", call(B=3, **CAUSAL)),
+    Case("Llama", "heads that share keys", call(B=3, H=4, kv=2, Sq=21, **CAUSAL), core=True),
     Case("Gemma-2", "a window and softcap", call(H=4, kv=2, window_size=(11, 0), softcap=2.0, scale=0.3)),
-    Case("T5 encoder", "a bias and its gradient over the batch", call(B=3, Sq=21, bias=(1, 2, 21, 21), scale=1.0), spelled=True),
+    Case("T5 encoder", "a bias and its gradient over the batch", call(B=3, Sq=21, bias=(1, 2, 21, 21), scale=1.0)),
     Case("T5 decoder", "a bias under a causal mask", call(B=2, bias=(1, 2, 37, 37), scale=1.0, **CAUSAL)),
     Case("gpt-oss", "sinks, a window, shared keys", call(H=4, kv=2, sinks=True, window_size=(16, 0))),
-    Case("BERT", "a mask of keys", call(B=3, Sq=21, mask=(3, 1, 1, 21)), spelled=True),
-    Case("Swin", "a bias of each window", call(B=2, Sq=49, D=32, bias=(2, 2, 49, 49)), spelled=True),
+    Case("BERT", "a mask of keys", call(B=3, Sq=21, mask=(3, 1, 1, 21))),
+    Case("Swin", "a bias of each window", call(B=2, Sq=49, D=32, bias=(2, 2, 49, 49))),
     Case("Whisper", "few queries, many keys", call(Sq=5, Sk=61, scale=1.0), spelled=True),
     Case("ALiBi", "slopes", call(alibi=True, **CAUSAL)),
     Case("ViT", "a head of 72", call(Sq=18, D=72), spelled=True),
     Case("UNet", "a head of 40, and text", call(Sq=20, Sk=27, D=40), spelled=True),
-    Case("MLA", "values narrower than keys", call(Sq=21, D=48, DV=20, **CAUSAL), spelled=True),
+    Case("MLA", "values narrower than keys", call(Sq=21, D=48, DV=20, **CAUSAL)),
     Case("decoding", "keys in splits", call(H=4, kv=1, Sq=1, Sk=100)),
     Case("several tokens", "splits of packed heads", call(H=4, kv=1, Sq=3, Sk=100, sinks=True)),
 ]  # fmt: skip
 
 OPTIONS = [
     Case("plain", "the end of queries and keys", call(Sq=35, Sk=50), spelled=True),
-    Case("more queries than keys", "top-left: the last ones see all", call(Sq=50, Sk=21, **CAUSAL), spelled=True),
-    Case("more keys than queries", "top-left: the last keys see nobody", call(Sq=21, Sk=50, **CAUSAL), spelled=True),
+    Case("more queries than keys", "top-left: the last ones see all", call(Sq=50, Sk=21, **CAUSAL)),
+    Case("more keys than queries", "top-left: the last keys see nobody", call(Sq=21, Sk=50, **CAUSAL)),
     Case("window", "both edges", call(Sq=50, window_size=(5, 9))),
     Case("window ahead", "the left edge alone", call(Sq=50, Sk=70, window_size=(40, -1))),
     Case("window of itself", "one key each", call(Sq=21, window_size=(0, 0))),
-    Case("mask", "a mask of each query", call(B=3, Sq=21, mask=(1, 1, 21, 21)), core=True, spelled=True),
+    Case("mask", "a mask of each query", call(B=3, Sq=21, mask=(1, 1, 21, 21)), core=True),
     Case("mask of heads", "a mask that every query shares", call(Sq=21, mask=(1, 2, 1, 21))),
     Case("blind queries", "rows that see nothing are 0", bent(blind, 1, 2, 21, 21, Sq=21)),
     Case("blind bias", "rows of -inf are 0", bent(lambda m: torch.where(blind(m), 0.0, -torch.inf), 1, 2, 21, 21, Sq=21)),
@@ -134,7 +134,7 @@ OPTIONS = [
     Case("no scale", "a scale of 0 is uniform", call(Sq=18, scale=0.0)),
     Case("negative scale", "the smallest product is the largest logit", call(Sq=18, scale=-0.5)),
     Case("lse", "its gradient", call(Sq=21, return_lse=True)),
-    Case("three dimensions", "no batch", lambda t: partial(FF.scaled_dot_product_attention, t(2, 21, 16), t(2, 30, 16), t(2, 30, 16)), spelled=True),
+    Case("three dimensions", "no batch", lambda t: partial(FF.scaled_dot_product_attention, t(2, 21, 16), t(2, 30, 16), t(2, 30, 16))),
     Case("dropout", "the mask in backward, under checkpointing", call(B=3, Sq=21, dropout_p=0.3), core=True),
     Case("dropout of shared keys", "the mask of each head", call(H=4, kv=2, Sq=21, bias=(1, 4, 1, 21), dropout_p=0.2, **CAUSAL)),
     Case("all", "everything at once", call(B=3, H=4, kv=2, Sq=21, Sk=37, D=24, DV=16, bias=(1, 4, 21, 37), sinks=True, alibi=True, softcap=2.0, window_size=(30, 3), return_lse=True), core=True),
@@ -228,6 +228,10 @@ SPEC = Spec(
     bad_calls=BAD_CALLS,
     signatures=[
         (FF.varlen_attn, varlen_attn),
+        (FF.multi_head_attention_forward, F.multi_head_attention_forward),
+    ],
+    modules=[
+        lambda: (fnn.TransformerEncoderLayer(8, 2, 16), nn.TransformerEncoderLayer(8, 2, 16), torch.randn(4, 3, 8)),
     ],
     bench=BENCH,
 )

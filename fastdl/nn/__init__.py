@@ -21,5 +21,10 @@ from .activation import (
     Tanh as Tanh,
     Tanhshrink as Tanhshrink,
 )
+from .attention import (
+    MultiheadAttention as MultiheadAttention,
+    TransformerDecoderLayer as TransformerDecoderLayer,
+    TransformerEncoderLayer as TransformerEncoderLayer,
+)
 from .linear import MLP as MLP, Linear as Linear
 from .norm import LayerNorm as LayerNorm

@@ -1,5 +1,6 @@
 """Attention: softmax(logits) v, with everything that people put into the logits."""
 
+import functools
 import math
 from typing import Any
 
@@ -38,17 +39,14 @@ def definition(*args: Any) -> Any:
     logits = softcap tanh(q kᵀ scale / softcap) + bias - slope |i - j|, -inf where hidden. A sink
     is one more, without a value.
     """
-    a, return_lse = Given(*args[:-1]), args[-1]
-    wide = torch.promote_types(a.q.dtype, torch.float32)
-    a = _out_of_pages(a)
+    a, return_lse = _out_of_pages(Given(*args[:-1])), args[-1]
+    wide, group = torch.promote_types(a.q.dtype, torch.float32), a.q.shape[1] // a.k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (a.k, a.v))
     seen = _seen(a)
-    group = a.q.shape[1] // a.k.shape[1]
-    matters = seen.any(-2)[..., None]  # what nobody sees may hold NaN
-    k, v = (
-        torch.where(matters, x.repeat_interleave(group, 1) if group > 1 else x, 0.0)
-        for x in (a.k, a.v)
-    )
-    s = (a.q @ k.mT).to(wide) * a.scale
+    if seen is not None:
+        matters = seen.any(-2)[..., None]  # what nobody sees may hold NaN
+        k, v = torch.where(matters, k, 0.0), torch.where(matters, v, 0.0)
+    s = (a.q @ k.transpose(-2, -1)).to(wide) * a.scale
     if a.softcap:
         s = a.softcap * torch.tanh(s / a.softcap)
     if a.mask is not None and a.mask.dtype != torch.bool:
@@ -56,44 +54,52 @@ def definition(*args: Any) -> Any:
     if a.slopes is not None:
         i, j = _positions(a)
         s = s - a.slopes[:, None, None] * (i - j).abs()
-    s = s.masked_fill(~seen, NEVER)
+    if seen is not None:
+        s = s.masked_fill(~seen, NEVER)
     if a.sinks is not None:
         s = torch.cat([a.sinks[:, None, None].to(wide).expand(*s.shape[:-1], 1), s], -1)
-    blind = (s == NEVER).all(-1, keepdim=True)
-    probabilities = torch.softmax(s.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
-    probabilities = probabilities[..., 0 if a.sinks is None else 1 :]
-    rows = math.prod(probabilities.shape[:-1])
-    o = dropout(probabilities, a.seed, a.p, rows).to(v.dtype) @ v
+    shares = _softmax(s) if seen is not None or a.mask is not None else torch.softmax(s, -1)
+    shares = shares if a.sinks is None else shares[..., 1:]
+    o = dropout(shares, a.seed, a.p, math.prod(shares.shape[:-1])).to(v.dtype) @ v
     return (o, torch.logsumexp(s, -1)) if return_lse else o
 
 
+def _softmax(s: Tensor) -> Tensor:
+    """Zeros where all logits are -inf."""
+    blind = (s == NEVER).all(-1, keepdim=True)
+    return torch.softmax(s.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
+
+
+def _places(a: Given) -> tuple[Tensor, Tensor]:
+    """Of queries, as a column, and of keys, in their tensors."""
+    i, j = (torch.arange(x.shape[2], device=x.device) for x in (a.q, a.k))
+    return i[:, None], j
+
+
 def _positions(a: Given) -> tuple[Tensor, Tensor]:
-    """Of queries, as a column, and of keys. Packed sequences end together."""
-    i = torch.arange(a.q.shape[2], device=a.q.device)
-    j = torch.arange(a.k.shape[2], device=a.q.device)
+    """Places counted from the beginning of a sequence. Packed sequences end together."""
+    i, j = _places(a)
     if a.cu_q is None or a.cu_k is None:
-        return i[:, None], j
+        return i, j
     of_i, of_j = _sequence_of(a.cu_q, i), _sequence_of(a.cu_k, j)
     shift = _lengths(a.cu_k, a.used_k) - _lengths(a.cu_q)
-    return (i - a.cu_q[of_i] + shift[of_i])[:, None], j - a.cu_k[of_j]
+    return i - a.cu_q[of_i] + shift[of_i], j - a.cu_k[of_j]
 
 
-def _seen(a: Given) -> Tensor:
-    """Whether a query sees a key, [batch, head, query, key] or what broadcasts to it."""
-    i, j = _positions(a)
-    seen = (j >= 0)[None, :]
+def _seen(a: Given) -> Tensor | None:
+    """Whether a query sees a key, [batch, head, query, key] or what broadcasts to it; None: all."""
+    limits = []
     if a.cu_q is not None and a.cu_k is not None:
-        n = a.cu_k.numel() - 1
-        of_i = _sequence_of(a.cu_q, torch.arange(a.q.shape[2], device=a.q.device))
-        of_j = _sequence_of(a.cu_k, torch.arange(a.k.shape[2], device=a.q.device))
-        seen = (of_i[:, None] == of_j) & (of_j < n) & (j < _lengths(a.cu_k, a.used_k)[of_j])
+        of_i, of_j = map(_sequence_of, (a.cu_q, a.cu_k), _places(a))
+        # beyond the last sequence there are none
+        limits.append((of_i == of_j) & (_positions(a)[1] < _lengths(a.cu_k, a.used_k)[of_j]))
     if a.left >= 0:
-        seen = seen & (j >= i - a.left)
+        limits.append(_positions(a)[1] >= _positions(a)[0] - a.left)
     if a.right >= 0:
-        seen = seen & (j <= i + a.right)
+        limits.append(_positions(a)[1] <= _positions(a)[0] + a.right)
     if a.mask is not None and a.mask.dtype == torch.bool:
-        seen = seen & a.mask
-    return seen
+        limits.append(a.mask)
+    return functools.reduce(torch.logical_and, limits) if limits else None
 
 
 def _sequence_of(cu: Tensor, place: Tensor) -> Tensor:
@@ -122,15 +128,18 @@ def _out_of_pages(a: Given) -> Given:
 def vendor(*args: Any) -> Any:
     """torch's call, for what it has."""
     a, return_lse = Given(*args[:-1]), args[-1]
-    more = (a.slopes, a.sinks, a.seed, a.cu_q)
     causal = (a.left, a.right) == (-1, 0)
     limited = not causal and (a.left >= 0 or a.right >= 0)
+    more = (a.slopes, a.sinks, a.seed, a.cu_q)
     if return_lse or limited or a.softcap or any(t is not None for t in more):
         return None
-    if causal and a.mask is not None:
-        return None
+    mask = a.mask
+    if causal and mask is not None:
+        seen = _seen(a)
+        assert seen is not None
+        mask, causal = seen if mask.dtype == torch.bool else mask.masked_fill(~seen, NEVER), False
     return F.scaled_dot_product_attention(
-        a.q, a.k, a.v, a.mask, is_causal=causal, scale=a.scale,
+        a.q, a.k, a.v, mask, is_causal=causal, scale=a.scale,
         enable_gqa=a.q.shape[1] != a.k.shape[1],
     )  # fmt: skip
 
@@ -273,6 +282,8 @@ def scaled_dot_product_attention(
         q.shape[-1] ** -0.5 if scale is None else float(scale), float(softcap), dropout_p, 0,
         return_lse,
     )  # fmt: skip
+    if query.dim() == 4:
+        return out
     if not return_lse:
         return out.reshape(*lead, *out.shape[-2:])
     o, lse = out
@@ -331,15 +342,13 @@ def _four_dimensions(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """[batch, head, position, column], of one batch and, but for queries, one number of heads."""
     if q.dim() < 4:
         return tuple(x[(None,) * (4 - q.dim())] for x in (q, k, v))
-    batches = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     heads = max(k.shape[-3], v.shape[-3])
     k, v = (x.repeat_interleave(heads // x.shape[-3], -3) if x.shape[-3] != heads else x
             for x in (k, v))  # fmt: skip
-    return tuple(
-        x.expand(*batches, *x.shape[-3:]).flatten(0, -4) if x.shape[:-3] != batches or x.dim() > 4
-        else x
-        for x in (q, k, v)
-    )  # fmt: skip
+    if q.dim() == 4 and q.shape[0] == k.shape[0] == v.shape[0]:
+        return q, k, v
+    batches = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    return tuple(x.expand(*batches, *x.shape[-3:]).flatten(0, -4) for x in (q, k, v))
 
 
 def _mask_for(mask: Tensor | None, query: Tensor, q: Tensor, k: Tensor) -> Tensor | None:

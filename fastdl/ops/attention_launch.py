@@ -111,9 +111,11 @@ def _rule(part: str, shape: Shape, itemsize: int, device: Device) -> Config:
     width = max(shape.width, 64)
     if shape.exact:
         return _fitting(part, _config(*_EXACT_BLOCKS[width], 8, 1), shape, itemsize, device)
-    m, n = _BLOCKS[part][width][shape.load]
+    # without wgmma, or with its successor, registers hold more at once
+    load = shape.load if device.arch == 90 else min(shape.load + 1, 2)
+    m, n = _BLOCKS[part][width][load]
     if itemsize == 4:  # tf32
-        part_of = 4 if shape.load == 2 else 2
+        part_of = 4 if load == 2 else 2
         m, n = max(m // part_of, 16), max(n // part_of, 16)
     stages, warps = 1 if part == "dbias" or shape.width > 256 else 2, 8
     if part == "forward" and shape.rows <= min(m, 64):

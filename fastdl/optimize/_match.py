@@ -7,19 +7,25 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
 from ..ops._op import SPELLINGS, Spelling
-from ._normalize import Call, Calls
+from ._normalize import Call, Calls, value
 
 _COMMUTATIVE = frozenset({"add", "mul"})
 _MISSING = object()
 
 
 class Pattern:
-    """A spelling as a graph. Parameters that have a default keep it; the others match anything."""
+    """A spelling as a graph. Parameters that have a default keep it; the others match anything.
+
+    What it computes of the shapes and dtypes of tensors (`x.shape[-1] // 2`) matches the result.
+    """
 
     def __init__(self, spelling: Spelling) -> None:
         graph = fx.Graph()
@@ -33,7 +39,9 @@ class Pattern:
         self.outputs = [p.node for p in (result if isinstance(result, tuple) else (result,))]
         self.root = self.outputs[0]
         self.spelling = spelling
-        self.ops = [n for n in graph.nodes if n.op != "placeholder"]
+        for node in graph.nodes:
+            node.meta["fact"] = _is_fact(node)
+        self.ops = [n for n in graph.nodes if n.op != "placeholder" and not n.meta["fact"]]
         self.calls = Calls()
 
     @property
@@ -47,6 +55,14 @@ class Pattern:
 
     def __str__(self) -> str:
         return " -> ".join(self._call(n).op for n in self.ops)
+
+
+def _is_fact(node: Node) -> bool:
+    """Whether a node of a pattern stands for no tensor: a shape or dtype, and what follows."""
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype")
+    inputs = node.all_input_nodes
+    return bool(inputs) and all(n.meta["fact"] for n in inputs)
 
 
 class Match:
@@ -90,8 +106,13 @@ def _match(wanted: Any, given: Any, found: Found, calls: tuple[Calls, Calls]) ->
     if isinstance(wanted, (list, tuple)) and isinstance(given, (list, tuple)):
         if len(wanted) == len(given):
             yield from _match_all(list(zip(wanted, given, strict=True)), found, calls)
+    elif isinstance(wanted, slice) and isinstance(given, slice):
+        yield from _match(_parts(wanted), _parts(given), found, calls)
     elif not isinstance(wanted, Node):
         if same(wanted, given):
+            yield found
+    elif wanted.meta["fact"]:
+        if _is(given, _evaluate(wanted, found)):
             yield found
     elif wanted in found:
         if same(found[wanted], given):
@@ -103,6 +124,35 @@ def _match(wanted: Any, given: Any, found: Found, calls: tuple[Calls, Calls]) ->
         if ours is not None and theirs is not None and ours.op == theirs.op:
             for pairs in _pairings(ours, theirs):
                 yield from _match_all(pairs, {**found, wanted: given}, calls)
+
+
+def _parts(part: slice) -> tuple[Any, ...]:
+    return part.start, part.stop, part.step
+
+
+def _evaluate(fact: Node, found: Found) -> Any:
+    """What a pattern computes of shapes, for the tensors found so far."""
+
+    def known(node: Node) -> Any:
+        if node.meta["fact"]:
+            return _evaluate(node, found)
+        given = found.get(node)
+        return value(given) if isinstance(given, Node) else given
+
+    assert callable(fact.target)
+    try:
+        return fact.target(*map_arg(fact.args, known))
+    except (AttributeError, IndexError, TypeError):  # not a tensor, or of no such dimension
+        return _MISSING
+
+
+def _is(given: Any, fact: Any) -> bool:
+    """Whether an argument is this number or dtype, for all sizes that are left open."""
+    given = value(given) if isinstance(given, Node) else given
+    sizes = (int, torch.SymInt)
+    if isinstance(given, sizes) and isinstance(fact, sizes):
+        return statically_known_true(given == fact)
+    return type(given) is type(fact) and bool(given == fact)
 
 
 def _match_all(

@@ -66,6 +66,7 @@ def normalize(node: Node) -> Call | None:
     if "out" in arguments:
         return None
     inplace = arguments.pop("inplace", False) is True or inplace
+    arguments.pop("_stacklevel", None)  # where a warning points to
     op = _SAME.get(op, op)
     if op == "type_as" and isinstance(other := arguments.get("other"), Node):
         op, arguments = "to", {"input": arguments["input"], "dtype": _dtype_of(other)}

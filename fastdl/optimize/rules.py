@@ -111,12 +111,14 @@ def _unfit_parameter(module: nn.Module) -> str | None:
 
 
 def op_name(ours: type) -> str:
-    """The function of a class: layer_norm for LayerNorm, batch_norm for BatchNorm2d."""
+    """The function of a class: layer_norm for LayerNorm, batch_norm for BatchNorm2d. A class that
+    has none is called like one.
+    """
     name = ours.__name__.lower()
-    for candidate in (name, re.sub(r"\dd$", "", name)):
+    for candidate in (name, re.sub(r"\dd$", "", name), f"{name}forward"):
         if candidate in _PUBLIC:
             return _PUBLIC[candidate]
-    return name
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", ours.__name__).lower()
 
 
 def _loaded(name: str) -> ModuleType | None:

@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import functional as F, nn as fused
-from ..ops.activation import BY_MODULE, has_hooks
+from .. import nn as fused
+from ..nn._children import is_plain as is_plain, run_linear
+from ..ops.activation import BY_MODULE
 
 ACTIVATIONS = frozenset(
     cls for cls in vars(fused).values() if isinstance(cls, type) and cls in BY_MODULE
@@ -36,11 +37,6 @@ class Sequential(nn.Sequential):
         return input
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module is its class's forward and nothing else."""
-    return not has_hooks(module) and "forward" not in vars(module)
-
-
 def group_length(kinds: Sequence[type | None], start: int) -> int:
     """How many classes from `start` on are one op. None stands for a module that must be called."""
     if kinds[start] is not fused.Linear:
@@ -53,11 +49,6 @@ def group_length(kinds: Sequence[type | None], start: int) -> int:
     return end - start
 
 
-def _run_group(input: Tensor, linear: Any, *rest: Any) -> Tensor:
-    p, training = 0.0, False
-    if type(rest[-1]) is fused.Dropout:
-        p, training, rest = rest[-1].p, rest[-1].training, rest[:-1]
-    activation = rest[0] if rest else None
-    return F.linear(
-        input, linear.weight, linear.bias, activation=activation, dropout_p=p, training=training
-    )
+def _run_group(input: Tensor, linear: nn.Module, *rest: nn.Module) -> Tensor:
+    dropout = rest[-1] if type(rest[-1]) is fused.Dropout else None
+    return run_linear(input, linear, None if rest[0] is dropout else rest[0], dropout)

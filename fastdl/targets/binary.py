@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops._launch import Kernel
 from .devices import Target
+from .loop import Loop, main_loop
 from .record import Specialisation
 
 
@@ -32,7 +34,13 @@ class Facts:
     counts: dict[str, int] = field(default_factory=dict)
     # (M, N, K, type) of every product; the type of exact fp32 is "ieee"
     dots: list[tuple[int, int, int, str]] = field(default_factory=list)
+    loop: Loop | None = None
     error: str = ""
+
+    @classmethod
+    def load(cls, data: Mapping[str, Any]) -> "Facts":
+        loop = Loop(**data["loop"]) if data["loop"] else None
+        return cls(**{**data, "dots": [tuple(dot) for dot in data["dots"]], "loop": loop})
 
 
 class _Driver:
@@ -134,7 +142,8 @@ def _read_nvidia(binary: Any) -> Facts:
     line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
     counts = _count("\n".join(re.findall(line, sass, re.MULTILINE)), _NVIDIA)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
-    return Facts(registers, counts.pop("spills"), stack, counts=counts)
+    loop = main_loop(sass, binary.metadata.num_warps)
+    return Facts(registers, counts.pop("spills"), stack, counts=counts, loop=loop)
 
 
 @functools.cache

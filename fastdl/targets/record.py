@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from .. import functional as FF
 from ..contract import DTYPES, SPECS, Maker
 from ..ops import _launch, _tuned
-from ..ops._op import LIBRARY_OPS
 from ..ops._route import policy
 from ..ops.activation import ACTIVATIONS
 from .devices import Target
@@ -102,7 +100,7 @@ def specialisations(
     With `configs`, entries of a tuned table, only what these compile on the benchmark's shapes.
     """
     found: dict[Specialisation, None] = {}
-    runs = _runs(op) if configs is None else _forced(op, lambda dtype: configs)
+    runs = _runs(op) if configs is None else _forced(op, configs)
     with (
         policy("fused", on_fallback="error"),
         # torch refuses to answer for meta tensors
@@ -139,7 +137,7 @@ def _runs(op: str) -> Iterator[Callable[[], None]]:
     for make in HEAVY.get(op, ()):
         for dtype in (torch.bfloat16, torch.float32):
             yield partial(_run, make, dtype)
-    yield from _forced(op, _candidates(op))
+    yield from _candidates(op)
     for case in spec.cases:
         for dtype in DTYPES:
             yield partial(_run, case.make, dtype)
@@ -153,27 +151,41 @@ def _benchmark(op: str) -> Iterator[Callable[[], None]]:
         yield partial(_run, case.make, torch.float32, tf32=True)
 
 
-def _candidates(op: str) -> Callable[[torch.dtype], Iterable[Any]]:
-    """All that tuning may pick for the op."""
-    module = sys.modules[LIBRARY_OPS[SPECS[op].library_ops[0]].launch.__module__]
-    return getattr(module, "candidates", lambda dtype: ())
+def _tuned_calls(op: str) -> Iterator[tuple[Any, torch.dtype]]:
+    for make in [*(case.make for case in SPECS[op].bench), *HEAVY.get(op, ())[-2:]]:
+        for dtype in DTYPES:
+            yield make, dtype
 
 
-def _forced(
-    op: str, configs: Callable[[torch.dtype], Iterable[Any]]
-) -> Iterator[Callable[[], None]]:
-    """The benchmark's calls under each of these configurations."""
-    for dtype in DTYPES:
-        for config in configs(dtype):
-            chosen = _launch.Config(**config) if isinstance(config, Mapping) else config
-            for make in [*(case.make for case in SPECS[op].bench), *HEAVY.get(op, ())[-2:]]:
-                yield partial(_run_as, op, chosen, make, dtype)
+def _candidates(op: str) -> Iterator[Callable[[], None]]:
+    """The benchmark's calls under each configuration that tuning may pick for what they look up."""
+    for make, dtype in _tuned_calls(op):
+        offers: dict[Any, list[_launch.Config]] = {}
+        yield partial(_run_with, partial(_note, offers), make, dtype)
+        # that run has filled the offers by now
+        for asked, configs in offers.items():
+            for config in configs:
+                yield partial(_run_with, partial(_answer, config, asked), make, dtype)
 
 
-def _run_as(op: str, config: _launch.Config, make: Any, dtype: torch.dtype) -> None:
-    def lookup(key: str, *args: Any) -> _launch.Config | None:
-        return config if key == op else None
+def _forced(op: str, configs: Iterable[Mapping[str, Any]]) -> Iterator[Callable[[], None]]:
+    """The benchmark's calls under each of these entries of a tuned table."""
+    for config in configs:
+        answer = partial(_answer, _launch.Config(**config), (op,))
+        for make, dtype in _tuned_calls(op):
+            yield partial(_run_with, answer, make, dtype)
 
+
+def _note(offers: dict[Any, list[_launch.Config]], *asked: Any) -> None:
+    key, *sizes = asked
+    offers[asked] = _tuned.CANDIDATES[key](*sizes)
+
+
+def _answer(config: _launch.Config, wanted: tuple[Any, ...], *asked: Any) -> _launch.Config | None:
+    return config if asked[: len(wanted)] == wanted else None
+
+
+def _run_with(lookup: Callable[..., Any], make: Any, dtype: torch.dtype) -> None:
     with mock.patch.object(_tuned, "lookup", lookup):
         _run(make, dtype, tf32=dtype == torch.float32)
 

@@ -50,4 +50,4 @@ def _compile(workers: Pool, job: tuple[Specialisation, str]) -> Row:
         found = workers.request({"compile": dataclasses.asdict(spec), "target": target})
     except WorkerError as error:
         return Row(spec, target, Facts(error=str(error)))
-    return Row(spec, target, Facts(**{**found, "dots": [tuple(dot) for dot in found["dots"]]}))
+    return Row(spec, target, Facts.load(found))

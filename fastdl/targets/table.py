@@ -38,13 +38,14 @@ class Row:
             f"{wide}/{counts.get('loads', 0) + counts.get('tma', 0)}",
             f"{counts.get('stores16', 0)}/{counts.get('stores', 0)}",
             tensor_cores(facts) or "-",
+            str(facts.loop or "-"),
             self.verdict,
         )
 
 
 HEADER = (
     "target", "kernel", "type", "configuration", "regs", "spill", "shared", "CTA/SM",
-    "16 B loads", "16 B stores", "tensor cores", "verdict",
+    "16 B loads", "16 B stores", "tensor cores", "main loop", "verdict",
 )  # fmt: skip
 
 
@@ -73,11 +74,13 @@ class Result:
 
 
 def _entry(row: Row) -> dict[str, Any]:
-    spec = dataclasses.asdict(row.spec)
+    spec, facts = dataclasses.asdict(row.spec), dataclasses.asdict(row.facts)
+    if row.facts.loop is not None:
+        facts["loop"]["tflops"] = row.facts.loop.tflops
     return {
         "target": row.target,
         **spec,
         "constants": dict(row.spec.constants),
-        **dataclasses.asdict(row.facts),
+        **facts,
         "verdict": row.verdict,
     }

@@ -1,6 +1,7 @@
 """`fastdl.tune`: measure launch configurations on this GPU and keep the winners in a table."""
 
 import datetime
+import functools
 import json
 import statistics
 import time
@@ -26,6 +27,9 @@ Measure = Callable[[Mapping[str, Call], int], dict[str, list[float]]]
 DEVICE = "cuda"
 # torch has to be faster by more than noise.
 FAST, COARSE_ROUNDS, FINE_ROUNDS, FINALISTS = 0.98, 3, 15, 3
+
+# All larger numbers of rows of attention have one entry.
+MANY = 128
 
 
 class Problem(NamedTuple):
@@ -95,8 +99,9 @@ def tune(
 ) -> Report:
     """Find the fastest configurations for `shapes` and write them to the user's table, or `path`.
 
-    Shapes are (M, N, K) for "linear" and (columns,) for "layer_norm" and "layer_norm_backward".
-    Where torch is faster the table says so, and the op runs in torch.
+    Shapes are (M, N, K) for "linear", (columns,) for "layer_norm" and "layer_norm_backward", and
+    (rows, columns) for "attention": queries of the heads that share keys, and columns of a head.
+    Where torch is faster at a product or a norm, the table says so, and the op runs in torch.
     """
     plan = _plan(ops, shapes, dtypes)
     device = this_gpu()
@@ -119,7 +124,8 @@ def this_gpu() -> Device | None:
 
 
 def _plan(ops: Any, shapes: Any, dtypes: Any) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    names = [ops] if isinstance(ops, str) else list(DEFAULTS if ops is None else ops)
+    asked = [ops] if isinstance(ops, str) else list(DEFAULTS if ops is None else ops)
+    names = list(dict.fromkeys(op for name in asked for op in PASSES.get(name, (name,))))
     if shapes is None:
         shapes = DEFAULTS
     elif not isinstance(shapes, Mapping):
@@ -327,21 +333,96 @@ def _norm_inputs(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> lis
     return [_normal(*shape, dtype=dtype, device=device) for shape in shapes]
 
 
+_sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
+
+
+def _attention(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
+    """Many rows: causal prompts. Few: one token of each of the heads that share long keys."""
+    (rows, D), small = sizes, device != "cuda"
+    if rows < MANY:
+        B, kv, group, Sq, Sk = (1, 1, rows, 1, 64) if small else (4, 8, rows, 1, 8192)
+    else:
+        B, kv, group, Sq, Sk = (1, 1, 1, 65, 65) if small else (4, 16, 1, 2048, 2048)
+    q, k, v = _heads(dtype, (B, kv * group, Sq, D), (B, kv, Sk, D), device)
+
+    def call(attention: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        return attention(*inputs, is_causal=Sq > 1, enable_gqa=group > 1)
+
+    def truth() -> Tensor:
+        return torch.cat(
+            [call(_sdpa, *(x[b : b + 1].double() for x in (q, k, v))) for b in range(B)]
+        )
+
+    return Problem(
+        "attention", dtype, (min(rows, MANY), D),
+        lambda: call(FF.scaled_dot_product_attention, q, k, v), lambda: call(_sdpa, q, k, v), truth,
+        replaceable=False,
+    )  # fmt: skip
+
+
+def _attention_backward(
+    op: str, wanted: slice, dtype: torch.dtype, sizes: tuple[int, ...], device: str
+) -> Problem:
+    """The gradients that one kernel computes. torch's kernels compute all of them at once."""
+    (rows, D), small = sizes, device != "cuda"
+    S = rows if rows < MANY else 65 if small else 2048
+    B, H = (1, 1) if small else (4, 16)
+    inputs = _heads(dtype, (B, H, S, D), (B, H, S, D), device)
+    do = torch.randn_like(inputs[0])
+
+    def gradients(attention: Callable[..., Tensor], inputs: list[Tensor], do: Tensor) -> Call:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+
+        @functools.cache  # not before it is forbidden to fall back
+        def output() -> Tensor:
+            with torch.enable_grad():
+                return attention(*leaves, is_causal=True)
+
+        return lambda: torch.autograd.grad(output(), leaves[wanted], do, retain_graph=True)
+
+    def truth() -> list[Tensor]:
+        wide = [[x[b : b + 1].double() for x in (*inputs, do)] for b in range(B)]
+        found = [gradients(_sdpa, rest, do)() for *rest, do in wide]
+        return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+    return Problem(
+        op, dtype, (min(rows, MANY), D),
+        gradients(FF.scaled_dot_product_attention, inputs, do), gradients(_sdpa, inputs, do), truth,
+        replaceable=False,
+    )  # fmt: skip
+
+
+def _heads(
+    dtype: torch.dtype, of_q: tuple[int, ...], of_k: tuple[int, ...], device: str
+) -> list[Tensor]:
+    return [_normal(*shape, dtype=dtype, device=device) for shape in (of_q, of_k, of_k)]
+
+
 def _normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(shape, device=device).to(dtype)
 
 
-PROBLEMS = {
+PROBLEMS: dict[str, Callable[[torch.dtype, tuple[int, ...], str], Problem]] = {
     "linear": _linear,
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
+    "attention": _attention,
+    "attention_dq": functools.partial(_attention_backward, "attention_dq", slice(0, 1)),
+    "attention_dkdv": functools.partial(_attention_backward, "attention_dkdv", slice(1, 3)),
 }
 
-# What is tuned if no shapes are given: projections of transformers, few rows, and widths of norms.
+# What one name stands for where an op has several kernels to tune.
+PASSES = {"attention": ("attention", "attention_dq", "attention_dkdv")}
+
+# What is tuned if no shapes are given: projections of transformers, also of few rows, widths of
+# norms, and heads.
 _PROJECTIONS = ((4096, 1024), (1024, 4096), (8192, 8192))
 _WIDTHS: list[tuple[int, ...]] = [(n,) for n in (256, 1024, 2048, 4096, 8192, 16384)]
 DEFAULTS: dict[str, list[tuple[int, ...]]] = {
     "linear": [(m, *sizes) for m in (16, 8192) for sizes in _PROJECTIONS],
     "layer_norm": _WIDTHS,
     "layer_norm_backward": _WIDTHS,
+    "attention": [(1, 128), (4, 128), (8, 128), (MANY, 64), (MANY, 128)],
+    "attention_dq": [(MANY, 64), (MANY, 128)],
+    "attention_dkdv": [(MANY, 64), (MANY, 128)],
 }

@@ -1,0 +1,128 @@
+"""The ways in which people write attention."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._op import SPELLINGS, Spelling
+from .attention import scaled_dot_product_attention
+
+# Beside so low a logit float32 has no digit left for another.
+LOW = -1e8
+
+
+def attention(
+    query: Tensor,
+    key_columns: Tensor,
+    value: Tensor,
+    *,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    hidden: Tensor | None = None,
+    fill: float = float("-inf"),
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """Attention written out: of queries and transposed keys, `fill` where a key is hidden."""
+    if hidden is not None and hidden.dtype != torch.bool:
+        raise RuntimeError(f"hidden is {hidden.dtype}, allowed is bool")
+    if fill > LOW:
+        raise RuntimeError(f"hidden logits of {fill} are seen a little")
+    mask = bias
+    if hidden is not None:
+        mask = ~hidden if fill == float("-inf") else torch.where(hidden, fill, 0.0)
+    key, p = key_columns.transpose(-2, -1), dropout_p if training else 0.0
+    return scaled_dot_product_attention(query, key, value, mask, p, scale=scale)
+
+
+Step = Callable[..., Any]
+
+
+# How the scale is written, and what it is then.
+_SCALES: list[tuple[Step, Step]] = [
+    (lambda q, k, by: q @ k, lambda by: 1.0),
+    (lambda q, k, by: (q @ k) * by, lambda by: by),
+    (lambda q, k, by: (q @ k) / by, lambda by: 1.0 / by),
+    (lambda q, k, by: (q * by) @ k, lambda by: by),
+    (lambda q, k, by: (q / by) @ k, lambda by: 1.0 / by),
+    (lambda q, k, by: torch.bmm(q, k) * by, lambda by: by),
+    (lambda q, k, by: torch.bmm(q, k) / by, lambda by: 1.0 / by),
+    (lambda q, k, by: torch.bmm(q * by, k), lambda by: by),
+    (lambda q, k, by: torch.bmm(q, k), lambda by: 1.0),
+]  # fmt: skip
+
+_MASKS: list[Step] = [
+    lambda s, bias, hidden, fill: s,
+    lambda s, bias, hidden, fill: s + bias,
+    lambda s, bias, hidden, fill: s.masked_fill(hidden, fill),
+]
+
+# Softmax as it is, and in float32.
+_SOFTMAXES: list[Step] = [
+    lambda s, dtype: torch.softmax(s, -1),
+    lambda s, dtype: torch.softmax(s, -1, dtype=torch.float32),
+    lambda s, dtype: torch.softmax(s, -1, dtype=torch.float32).to(dtype),
+    lambda s, dtype: torch.softmax(s.to(torch.float32), -1).to(dtype),
+]
+
+
+def _spell(scale: tuple[Step, Step], mask: Step, softmax: Step, drops: bool) -> Spelling:
+    products, factor = scale
+    last = torch.bmm if "bmm" in products.__code__.co_names else torch.matmul
+
+    def pattern(
+        q: Any, k: Any, v: Any, by: Any, bias: Any, hidden: Any, fill: Any, dtype: Any, p: Any,
+        training: Any,
+    ) -> Any:  # fmt: skip
+        shares = softmax(mask(products(q, k, by), bias, hidden, fill), dtype)
+        return last(F.dropout(shares, p, training) if drops else shares, v)
+
+    def call(
+        q: Any, k: Any, v: Any, by: Any, bias: Any, hidden: Any, fill: Any, dtype: Any, p: Any,
+        training: Any,
+    ) -> partial[Any]:  # fmt: skip
+        numeric = by is None or isinstance(by, (int, float))
+        options = {
+            "scale": factor(by) if numeric else by, "bias": bias, "hidden": hidden, "fill": fill,
+            "dropout_p": p, "training": training,
+        }  # fmt: skip
+        return partial(attention, q, k, v, **{k: x for k, x in options.items() if x is not None})
+
+    return Spelling(pattern, call)
+
+
+SPELLINGS.extend(
+    _spell(scale, mask, softmax, drops)
+    for scale, mask, softmax, drops in itertools.product(_SCALES, _MASKS, _SOFTMAXES, (False, True))
+)
+
+# As the definition has it, so that keys need not be transposed.
+SPELLINGS.append(
+    Spelling(
+        lambda q, k, v, by: torch.softmax((q @ k.transpose(-2, -1)) * by, -1) @ v,
+        lambda q, k, v, by: partial(scaled_dot_product_attention, q, k, v, scale=by),
+    )
+)
+
+
+def _call(
+    q: Any, k: Any, v: Any, mask: Any, p: Any, is_causal: Any, scale: Any, gqa: Any
+) -> partial[Any]:
+    options = {"scale": scale, "enable_gqa": gqa}
+    given = {name: x for name, x in options.items() if x is not None}
+    return partial(scaled_dot_product_attention, q, k, v, mask, p or 0.0, bool(is_causal), **given)
+
+
+SPELLINGS.append(
+    Spelling(
+        lambda q, k, v, mask, p, is_causal, scale, gqa: F.scaled_dot_product_attention(
+            q, k, v, mask, p, is_causal, scale=scale, enable_gqa=gqa
+        ),
+        _call,
+    )
+)

@@ -1,0 +1,136 @@
+"""Attention as people write it is found in graphs."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastdl
+from fastdl.optimize import graph
+
+
+def qkv(dtype=torch.float32):
+    return [torch.randn(2, 2, 20, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+
+TRIL = torch.tril(torch.ones(1, 1, 32, 32))
+KEYS = torch.arange(20) < torch.tensor([20, 13])[:, None, None, None]
+BIAS = torch.randn(2, 1, 1, 20)
+
+
+def nanogpt(q, k, v):
+    att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+    att = att.masked_fill(TRIL[:, :, :20, :20] == 0, float("-inf"))
+    att = F.softmax(att, dim=-1)
+    att = F.dropout(att, 0.0, True)
+    return att @ v
+
+
+def hugging_face(q, k, v):
+    weights = torch.matmul(q, k.transpose(2, 3)) * 0.25
+    weights = weights + BIAS.to(q.dtype)
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = F.dropout(weights, p=0.0, training=False)
+    return torch.matmul(weights, v)
+
+
+def bert(q, k, v):
+    scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(16) + BIAS.to(q.dtype)
+    return torch.matmul(nn.Softmax(dim=-1)(scores), v)
+
+
+def scaled_queries(q, k, v):
+    return ((q * 16**-0.5) @ k.mT).softmax(-1) @ v
+
+
+def divided_queries(q, k, v):
+    return torch.softmax(torch.matmul(q / 4.0, k.transpose(-2, -1)), dim=-1).matmul(v)
+
+
+def in_float32(q, k, v):
+    scores = (q @ k.transpose(-2, -1) * 0.25).float()
+    return scores.softmax(-1).type_as(q) @ v
+
+
+def annotated(q, k, v):
+    scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(16)
+    scores = scores.masked_fill(~KEYS, -1e9)
+    return torch.matmul(scores.softmax(dim=-1), v)
+
+
+def without_batches(q, k, v):
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    scores = torch.bmm(q, k.transpose(1, 2)) * 0.25
+    return torch.bmm(F.softmax(scores, dim=-1), v)
+
+
+def call(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def call_with_a_mask(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=KEYS, scale=0.3)
+
+
+def call_with_shared_keys(q, k, v):
+    return F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
+
+
+WRITTEN = [
+    nanogpt, hugging_face, bert, scaled_queries, divided_queries, in_float32, annotated,
+    without_batches, call, call_with_a_mask, call_with_shared_keys,
+]  # fmt: skip
+
+
+def run(function, inputs):
+    o = function(*inputs)
+    return [o, *torch.autograd.grad(o.float().square().sum(), inputs)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("written", WRITTEN)
+def test_is_found(written, dtype):
+    inputs = qkv(dtype)
+    compiled = torch.compile(written, backend=fastdl.backend, fullgraph=True)
+    found = run(compiled, inputs)
+    sites = [site for site in graph.last_report() if site.reason is None]
+    assert len(sites) == 1 and "attention" in sites[0].op, sites
+    rough = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    for a, b in zip(found, run(written, inputs), strict=True):
+        torch.testing.assert_close(a, b, **rough)
+
+
+def read_twice(q, k, v):
+    shares = torch.softmax(q @ k.transpose(-2, -1), -1)
+    return shares @ v, shares
+
+
+def seen_a_little(q, k, v):
+    return torch.softmax((q @ k.mT).masked_fill(~KEYS, -3.0), -1) @ v
+
+
+def of_queries(q, k, v):
+    return torch.softmax(q @ k.mT, -2) @ v
+
+
+def learned_scale(q, k, v):
+    return torch.softmax((q @ k.mT) * q.mean(), -1) @ v
+
+
+@pytest.mark.parametrize("written", [read_twice, seen_a_little, of_queries, learned_scale])
+def test_is_left_alone(written):
+    compiled = torch.compile(written, backend=fastdl.backend)
+    compiled(*qkv())
+    assert not [site for site in graph.last_report() if site.reason is None]
+
+
+def test_in_a_module_of_torch():
+    layer = nn.MultiheadAttention(16, 2, batch_first=True)
+    x = torch.randn(2, 20, 16)
+    compiled = torch.compile(layer, backend=fastdl.backend)
+    torch.testing.assert_close(
+        compiled(x, x, x, need_weights=False), layer(x, x, x, need_weights=False)
+    )
+    assert "scaled_dot_product_attention" in {site.op for site in graph.last_report()}
