@@ -113,7 +113,7 @@ def without_gpu() -> Iterator[None]:
     with (
         mock.patch.object(driver, "_active", NoDriver()),
         mock.patch.object(launch, "device_types", lambda: ("cuda", "cpu")),
-        mock.patch.object(launch, "_gpu", lambda index: device),
+        mock.patch.object(launch, "gpu_facts", lambda index: device),
         mock.patch.object(torch.cuda, "current_device", lambda: None),
     ):
         yield

@@ -1,6 +1,7 @@
 """Every launch configuration of the products on small integers, where every rounding is exact."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -32,10 +33,18 @@ class Exact(NamedTuple):
 
     @property
     def name(self) -> str:
-        config, blocks = self.config, " ".join(f"{k}={v}" for k, v in self.config.blocks.items())
-        dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
-        numbers = f"warps={config.num_warps} stages={config.num_stages} splits={config.splits}"
-        return f"{dtype} {'x'.join(map(str, self.sizes))} {config.variant} {blocks} {numbers}"
+        sizes = "x".join(map(str, self.sizes))
+        return f"{named(self.dtype, self.tf32)} {sizes} {described(self.config)}"
+
+
+def named(dtype: torch.dtype, tf32: bool) -> str:
+    return "tf32" if tf32 else str(dtype).removeprefix("torch.")
+
+
+def described(config: Config) -> str:
+    blocks = [f"{name}={value}" for name, value in config.blocks.items()]
+    numbers = f"warps={config.num_warps} stages={config.num_stages} splits={config.splits}"
+    return " ".join([*filter(None, [config.variant]), *blocks, numbers])
 
 
 def exact_cases(facts: Device, shapes: Any = SHAPES) -> Iterator[Exact]:
@@ -63,7 +72,7 @@ def check_exact(case: Exact, device: str, repeats: int = REPEATS) -> dict[str, A
         torch.no_grad(),
         fastdl.policy("fused", on_fallback="error"),
         forced("linear", case.dtype, case.sizes, case.config),
-        _tf32(case.tf32),
+        fp32_products(case.tf32),
         poisoned(),
     ):
         launched = fastdl.explain(call).launches[0].config
@@ -73,9 +82,12 @@ def check_exact(case: Exact, device: str, repeats: int = REPEATS) -> dict[str, A
             return {"ok": True, "applies": False, "says": "does not apply to these strides"}
         for _ in range(repeats):
             wrong += (call() != want).sum()
-    count = int(wrong)
-    says = f"{repeats} times exact" if not count else f"{count} wrong elements in {repeats} runs"
-    return {"ok": not count, "applies": True, "wrong": count, "repeats": repeats, "says": says}
+    return {**verdict(int(wrong), repeats), "applies": True}
+
+
+def verdict(wrong: int, repeats: int) -> dict[str, Any]:
+    says = f"{wrong} wrong elements in {repeats} runs" if wrong else f"{repeats} times exact"
+    return {"ok": not wrong, "wrong": wrong, "repeats": repeats, "says": says}
 
 
 def integers(case: Exact, device: str) -> tuple[torch.Tensor, ...]:
@@ -96,13 +108,11 @@ def integers(case: Exact, device: str) -> tuple[torch.Tensor, ...]:
     return x, w, b, residual, want.to(case.dtype)
 
 
-class _tf32:
-    def __init__(self, on: bool) -> None:
-        self.wanted = "tf32" if on else "ieee"
-
-    def __enter__(self) -> None:
-        self.before = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = self.wanted
-
-    def __exit__(self, *error: object) -> None:
-        torch.backends.cuda.matmul.fp32_precision = self.before
+@contextmanager
+def fp32_products(tf32: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

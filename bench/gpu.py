@@ -22,7 +22,8 @@ import torch
 import fastdl
 from bench import rows
 from bench.exact import check_exact, exact_cases
-from bench.machine import Host, folder_name, machine
+from bench.exact_attention import attention_cases, check_attention
+from bench.machine import Host, better_ptxas, folder_name, machine
 from bench.store import RESULTS, Row, Store, provenance, read
 from fastdl.contract import SPECS
 from fastdl.tuned import Device, device_of, packaged_file
@@ -68,9 +69,11 @@ def check_stage(context: Context) -> Iterator[tuple[str, Work]]:
 
 
 def exact_stage(context: Context) -> Iterator[tuple[str, Work]]:
-    """Every launch configuration on small integers, bit by bit."""
+    """Every launch configuration of products and of attention on small integers, bit by bit."""
     for case in exact_cases(context.facts):
         yield case.name, partial(check_exact, case, context.machine.device)
+    for case in attention_cases(context.facts):
+        yield case.name, partial(check_attention, case, context.machine.device)
 
 
 def ceilings_stage(context: Context) -> Iterator[tuple[str, Work]]:
@@ -110,7 +113,7 @@ def tune_stage(context: Context) -> Iterator[tuple[str, Work]]:
         says = f"{len(report.rows)} entries in {path.name}, {len(report.skipped)} skipped"
         return {"ok": bool(report.rows), "says": says, "table": table, "skipped": report.skipped}
 
-    ops = ("linear", "layer_norm", "layer_norm_backward")
+    ops = ("linear", "attention", "layer_norm", "layer_norm_backward")
     for number, op in enumerate(ops):
         yield op, partial(work, op, len(ops) - number + 1)
 
@@ -182,30 +185,6 @@ def run_all(options: argparse.Namespace, folder: Path) -> int:
     print(summary(folder, codes))
     bad = [code for code in codes.values() if code not in (0, UNFINISHED)]
     return FAILED if bad else max(codes.values(), default=0)
-
-
-PROBE = """
-import torch, fastdl, fastdl.functional as FF
-with fastdl.policy("fused", on_fallback="error"):
-    x = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
-    torch.testing.assert_close(FF.linear(x, x), torch.nn.functional.linear(x, x))
-"""
-
-
-def better_ptxas() -> dict[str, str]:
-    """A ptxas without the known mistake, if the one in use has it and the driver loads its code."""
-    environment = fastdl.env()
-    if not any("ptxas" in problem for problem in environment.problems):
-        return {}
-    print(f"ptxas {environment.ptxas} miscompiles products with operand A in registers on sm_90")
-    if environment.better_ptxas is None:
-        print("no newer ptxas is installed; no kernel that runs here needs one", flush=True)
-        return {}
-    use = {"TRITON_PTXAS_PATH": environment.better_ptxas}
-    probe = subprocess.run([sys.executable, "-c", PROBE], env={**os.environ, **use}, timeout=300)
-    works = probe.returncode == 0
-    print(f"{environment.better_ptxas}: {'used' if works else 'does not work here'}", flush=True)
-    return use if works else {}
 
 
 def summary(folder: Path, codes: dict[str, int]) -> str:

@@ -1,11 +1,15 @@
 """Where timings run: a GPU, or for dry runs and tests the host."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+import fastdl
 from bench.interleave import Call, Timer, host_timer
 from fastdl.tuned import slug
 
@@ -99,6 +103,43 @@ class Gpu(Host):
 
 def machine() -> Host:
     return Gpu() if torch.cuda.is_available() else Host()
+
+
+# What runs right with this ptxas: a product, and attention, which needs it.
+PROBE = """
+import torch, fastdl, fastdl.functional as FF
+F = torch.nn.functional
+with fastdl.policy("fused", on_fallback="error"):
+    x = torch.randn(1, 2, 128, 64, device="cuda", dtype=torch.bfloat16)
+    torch.testing.assert_close(FF.linear(x, x[0, 0]), F.linear(x, x[0, 0]))
+    got, want = (of.scaled_dot_product_attention(x, x, x) for of in (FF, F))
+    torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
+"""
+
+
+def better_ptxas() -> dict[str, str]:
+    """What to set before the first kernel is compiled: a ptxas without the known mistake, if the
+    one in use has it and the driver loads the other's code.
+    """
+    environment = fastdl.env()
+    if not any("ptxas" in problem for problem in environment.problems):
+        return {}
+    print(f"ptxas {environment.ptxas} miscompiles products with operand A in registers on sm_90")
+    if environment.better_ptxas is None:
+        print(
+            "no newer ptxas is installed, so attention would run in torch and its rows fail: "
+            "pip install 'fastdl-kernels[hopper]'",
+            flush=True,
+        )
+        return {}
+    use = {"TRITON_PTXAS_PATH": environment.better_ptxas}
+    command = [sys.executable, "-c", PROBE]
+    try:
+        works = subprocess.run(command, env={**os.environ, **use}, timeout=300).returncode == 0
+    except subprocess.TimeoutExpired:
+        works = False
+    print(f"{environment.better_ptxas}: {'used' if works else 'does not work here'}", flush=True)
+    return use if works else {}
 
 
 def folder_name(name: str) -> str:

@@ -1,6 +1,8 @@
 """One row of the benchmark: a case timed as fused, as torch's own calls, and compiled."""
 
 import math
+import statistics
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,17 +13,26 @@ from torch import Tensor
 
 import fastdl
 import fastdl.functional as FF
+from bench.attention import attention_rivals, torch_attention, torch_varlen, varlen_rivals
+from bench.error import error
 from bench.interleave import Stats, interleave, summarize
-from bench.machine import Host, OnSet
+from bench.machine import Host, OnSet, as_tuple
 from fastdl.contract import BenchCase, Maker
-from fastdl.contract.evaluate import FORWARD, GRADIENT, Error, Run, compare, cotangents, floats, run
+from fastdl.contract.evaluate import cotangents, floats
 
 # One graph is at least this long, and has at most so many calls.
 GRAPH_US, MOST_CALLS, MOST_SETS, CALLS_FROM_PYTHON = 1000.0, 512, 64, 50
 
 # Flops and bytes of forward and backward together, over those of forward alone. Forward reads one
 # tensor and writes one; backward reads two and writes one.
-BOTH_FLOPS, BOTH_BYTES = 3.0, 2.5
+BOTH = (3.0, 2.5)
+# Two products forward and five backward; four tensors are read or written, and then eight.
+BOTH_OF_ATTENTION = (3.5, 3.0)
+
+# Rivals may round otherwise than torch's plain form: relative distance of outputs and gradients.
+ALIKE, OFF = 0.02, "off by"
+
+Form = Callable[..., Any]
 
 
 class Ceilings(NamedTuple):
@@ -67,32 +78,63 @@ def torch_activation(
     return activated(input, name, dropout_p, training)
 
 
+def torch_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False,
+    positions: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+        cos, sin = (t.unsqueeze(1) if t.dim() == x.dim() - 1 else t for t in (cos, sin))
+    if interleaved:
+        rotated = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    else:
+        x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+        rotated = torch.cat((-x2, x1), dim=-1)
+    return (x * cos + rotated * sin).to(x.dtype)
+
+
 # What a user writes without us.
-TORCH: dict[Any, Callable[..., Any]] = {
+TORCH: dict[Any, Form] = {
     FF.linear: torch_linear,
     FF.layer_norm: torch_layer_norm,
     FF.activation: torch_activation,
     FF.dropout: F.dropout,
+    FF.apply_rotary_emb: torch_rotary,
+    FF.scaled_dot_product_attention: torch_attention,
+    FF.varlen_attn: torch_varlen,
 }
 
 
-def vendor(call: "partial[Any]", backward: bool) -> Callable[..., Any] | None:
+def linear_rivals(call: "partial[Any]", compiled: bool) -> dict[str, Form]:
     """A single call of torch that does more of it than what users write: for inference."""
     options = call.keywords
     act = options.get("activation")
     extras = options.keys() - {"activation"}
-    if call.func is not FF.linear or backward or extras or len(call.args) < 3:
-        return None
-    if act not in ("relu", "gelu_tanh") or call.args[2] is None:
-        return None
+    if extras or len(call.args) < 3 or call.args[2] is None or call.args[0].requires_grad:
+        return {}
+    if act not in ("relu", "gelu_tanh"):
+        return {}
     gelu = act == "gelu_tanh"
-    return lambda x, w, b, activation: torch._addmm_activation(b, x, w.t(), use_gelu=gelu)
+    return {
+        "addmm": lambda x, w, b, activation: torch._addmm_activation(b, x, w.t(), use_gelu=gelu)
+    }
+
+
+# What else torch has, by name, for calls like the one given.
+RIVALS: dict[Any, Callable[["partial[Any]", bool], dict[str, Form]]] = {
+    FF.linear: linear_rivals,
+    FF.scaled_dot_product_attention: attention_rivals,
+    FF.varlen_attn: varlen_rivals,
+}
 
 
 class Prepared(NamedTuple):
-    """The contenders of a case, each a function of the number of a set of inputs."""
+    """The contenders of a case, each a function of the number of a set of inputs, and why others
+    are none.
+    """
 
     calls: dict[str, OnSet]
+    refused: dict[str, str]
     sets: int
     set_bytes: int
     first: "partial[Any]"
@@ -111,18 +153,35 @@ def prepare(case: BenchCase, machine: Host, compiled: bool = True) -> Prepared:
     set_bytes = sum(leaf.nbytes for leaf in makers[0].leaves)
     for _ in range(min(math.ceil(machine.cold_bytes / set_bytes), MOST_SETS) - 1):
         add()
-    plain = TORCH[calls[0].func]
-    forms = {"torch": plain, "fused": calls[0].func, "vendor": vendor(calls[0], case.backward)}
+    first = calls[0]
+    plain = TORCH[first.func]
+    forms = {"torch": plain, "fused": first.func}
     if compiled:
         torch._dynamo.reset()
         forms["compile"] = torch.compile(plain, dynamic=False)
+    rivals = RIVALS[first.func](first, compiled) if first.func in RIVALS else {}
     passes = _both if case.backward else _forward
-    found = {name: passes(form, calls, makers) for name, form in forms.items() if form}
+    found = {name: passes(form, calls, makers) for name, form in {**forms, **rivals}.items()}
+    others = [name for name in found if name not in ("torch", "fused")]
+    fits = {name: unfit(found[name], found["torch"] if name in rivals else None) for name in others}
+    refused = {name: why for name, why in fits.items() if why}
+    left = {name: call for name, call in found.items() if name not in refused}
+    return Prepared(left, refused, len(calls), set_bytes, first)
+
+
+def unfit(call: OnSet, alike: OnSet | None) -> str:
+    """Why a call is no contender: torch refuses it, or it computes something else."""
     try:
-        found.get("compile", lambda i: None)(0)
-    except Exception:
-        del found["compile"]  # what torch cannot compile is no contender
-    return Prepared(found, len(calls), set_bytes, calls[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = as_tuple(call(0))
+    except Exception as problem:
+        if "CUDA error" in str(problem):
+            raise  # the device is lost, and would take the blame for all that follow
+        return f"{type(problem).__name__}: {problem}".splitlines()[0]
+    pairs = zip(got, as_tuple(alike(0)), strict=True) if alike else ()
+    apart = [float((a.double() - b).norm() / b.double().norm()) for a, b in pairs]
+    return "" if all(x < ALIKE for x in apart) else f"{OFF} {max(apart):.2g}"
 
 
 def _forward(form: Callable[..., Any], calls: list["partial[Any]"], makers: Any) -> OnSet:
@@ -145,20 +204,12 @@ def _both(form: Callable[..., Any], calls: list["partial[Any]"], makers: list[Ma
     return call
 
 
-def error(case: BenchCase, device: str) -> Error:
-    """Against fp64, by the rule of the contract."""
-
-    def once(mode: str, dtype: torch.dtype) -> Run:
-        maker = Maker(case.dtype, dtype, device=device, grad=case.backward)
-        return run(case, maker, mode, backward=case.backward)
-
-    fused, definition = once("fused", case.dtype), once("definition", case.dtype)
-    truth = once("definition", torch.float64)
-    found = compare(fused.outputs, definition.outputs, truth.outputs, FORWARD)
-    if case.backward:
-        args = (fused.gradients, definition.gradients, truth.gradients)
-        found = found.worst(compare(*args, GRADIENT))
-    return found
+def work(case: BenchCase, call: "partial[Any]") -> tuple[float, float]:
+    """Flops and bytes, of both passes where both are timed."""
+    if not case.backward:
+        return case.flops, case.bytes
+    flops, moved = BOTH_OF_ATTENTION if call.func is FF.scaled_dot_product_attention else BOTH
+    return case.flops * flops, case.bytes * moved
 
 
 def measure(
@@ -175,12 +226,12 @@ def measure(
         launched = fastdl.explain(prepared.first).launches
         times, calls, no_graph = _times(prepared, machine, rounds, warm_s)
         peaks = {n: machine.peak_bytes(partial(c, 0)) for n, c in prepared.calls.items()}
-    flops = case.flops * (BOTH_FLOPS if case.backward else 1)
-    moved = case.bytes * (BOTH_BYTES if case.backward else 1)
+    flops, moved = work(case, prepared.first)
     row = {
         "ok": True, "dtype": str(case.dtype).removeprefix("torch."), "backward": case.backward,
         "bytes": moved, "flops": flops, "error": vars(wrong), "launches": [*map(str, launched)],
         "sets": prepared.sets, "calls": calls, "no_graph": no_graph,
+        "refused": prepared.refused,
         "cold": prepared.sets * prepared.set_bytes >= machine.cold_bytes, "peak_bytes": peaks,
     }  # fmt: skip
     row |= {how: _summary(of_how) for how, of_how in times.items()}
@@ -217,13 +268,13 @@ def _times(prepared: Prepared, machine: Host, rounds: int, warm_s: float) -> Any
 
 
 def _summary(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Ratios are to the faster of torch's own calls, and to the compiled ones apart."""
-    own = {name: summarize(times, name)[name].us for name in ("torch", "vendor") if name in times}
+    """Ratios are to the fastest of torch's own calls, and to the compiled ones apart."""
+    own = {n: statistics.median(t) for n, t in times.items() if n not in ("fused", "compile")}
     best = min(own, key=own.__getitem__)
     stats = summarize(times, best)
     found = {"baseline": best, "contenders": {n: s._asdict() for n, s in stats.items()}}
-    if "compile" in times:
-        found["over_compile"] = summarize(times, "compile")["fused"].ratio
+    for other in {"torch", "compile"} & times.keys() - {best}:
+        found[f"over_{other}"] = summarize(times, other)["fused"].ratio
     return found
 
 
@@ -235,17 +286,20 @@ def roof_us(flops: float, moved: float, dtype: torch.dtype, ceilings: Ceilings) 
 
 def line(row: dict[str, Any]) -> str:
     """One line for the terminal."""
-    found = row[row["how"]]
+    found, peaks = row[row["how"]], row["peak_bytes"]
     fused: Stats = Stats(**found["contenders"]["fused"])
+    wrong = [name for name, why in row["refused"].items() if why.startswith(OFF)]
     parts = [
         f"{fused.us:9.1f} us",
         f"{fused.ratio:5.2f}x {found['baseline']}",
+        f"{found['over_torch']:5.2f}x torch" if "over_torch" in found else "",
         f"{found['over_compile']:5.2f}x compile" if "over_compile" in found else "",
         f"{row['roofline']:4.0%} of the roof",
         f"called {row['python']['contenders']['fused']['ratio']:5.2f}x",
-        f"memory {row['peak_bytes']['fused'] / max(row['peak_bytes']['torch'], 1):4.2f}x",
+        f"memory {peaks['fused'] / max(peaks[found['baseline']], 1):4.2f}x",
         "" if row["how"] == "graph" else "NO GRAPH",
         "" if row["cold"] else "in L2",
+        f"WRONG: {', '.join(wrong)}" if wrong else "",
     ]
     return "  ".join(part for part in parts if part)
 

@@ -65,8 +65,7 @@ def timed(benchmark, case, contender):
 
 def facts(benchmark, case, contender, prepared):
     us = 1e6 * benchmark.stats.stats.median / CALLS
-    flops = case.flops * (rows.BOTH_FLOPS if case.backward else 1)
-    moved = case.bytes * (rows.BOTH_BYTES if case.backward else 1)
+    flops, moved = rows.work(case, prepared.first)
     environment = fastdl.env()
     launches = fastdl.explain(prepared.first).launches if contender == "fused" else []
     return {

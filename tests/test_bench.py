@@ -12,16 +12,28 @@ from unittest import mock
 
 import pytest
 import torch
-from bench import gpu, rows
+from bench import error as error_module, exact_attention as exact_module, gpu, rows
+from bench.attention import flex_form
 from bench.exact import Exact, check_exact, exact_cases, integers
+from bench.exact_attention import (
+    KERNELS,
+    PASSES,
+    ExactAttention,
+    Shape,
+    attention_cases,
+    check_attention,
+)
 from bench.interleave import Timer, host_timer, interleave, summarize
-from bench.machine import Gpu, Host
+from bench.machine import Gpu, Host, better_ptxas
 from bench.store import Store, code_digest, provenance
+from torch.nn.attention.flex_attention import flex_attention
 
 import fastdl
 import fastdl.functional as FF
 from fastdl.contract import SPECS, BenchCase
-from fastdl.tuned import Device
+from fastdl.contract.attention import call, packed
+from fastdl.contract.evaluate import Error
+from fastdl.tuned import Device, forced
 from fastdl.tuned.tune import configs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,12 +112,115 @@ def test_a_row(case):
     json.dumps(row)
 
 
-def test_vendor_is_torchs_single_call():
+def test_the_rival_of_linear_is_torchs_single_call():
     row = rows.measure(SMALL[0], Host(), CEILINGS, compiled=False, rounds=3, warm_s=0)
-    assert row["graph"]["contenders"].keys() == {"torch", "fused", "vendor"}
+    assert row["graph"]["contenders"].keys() == {"torch", "fused", "addmm"}
     x, w, b = torch.randn(5, 16), torch.randn(8, 16), torch.randn(8)
     call = partial(FF.linear, x, w, b, activation="relu")
-    torch.testing.assert_close(rows.vendor(call, False)(x, w, b, "relu"), call())
+    torch.testing.assert_close(rows.linear_rivals(call, False)["addmm"](x, w, b, "relu"), call())
+    assert not rows.linear_rivals(partial(call, x.requires_grad_(), w, b), False)
+
+
+FORMS = {
+    "plain": call(Sq=18, Sk=24),
+    "shared keys": call(H=4, kv=2, Sq=18, is_causal=True, scale=0.3),
+    "window": call(Sq=30, window_size=(5, 3)),
+    "window ahead": call(Sq=30, window_size=(-1, 3)),
+    "causal window": call(Sq=30, window_size=(7, -1), is_causal=True),
+    "softcap": call(H=4, kv=2, Sq=18, softcap=0.5, is_causal=True),
+    "bias": call(B=2, Sq=18, bias=(1, 2, 18, 18)),
+    "bias, causal": call(B=2, Sq=18, bias=(2, 1, 1, 18), softcap=0.5, is_causal=True),
+    "mask of keys": call(B=2, Sq=18, mask=(2, 1, 1, 18)),
+    "mask, window": call(B=2, Sq=18, mask=(1, 2, 18, 18), window_size=(9, 9)),
+    "alibi": call(Sq=18, alibi=True, is_causal=True),
+    "alibi, bias": call(Sq=18, alibi=True, bias=(1, 2, 18, 18)),
+    "sinks": call(Sq=18, sinks=True, window_size=(7, 0)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_what_torch_has_for_attention_is_attention(form):
+    made = FORMS[form](rows.Maker(torch.float64, grad=False))
+    with fastdl.policy("definition"):
+        want = made()
+    options = made.keywords
+    torch.testing.assert_close(rows.torch_attention(*made.args, **options), want)
+    if "sinks" not in options:
+        flex = flex_form(made, flex_attention)
+        torch.testing.assert_close(flex(*made.args, **options), want)
+
+
+def test_what_torch_has_for_packed_attention_is_attention():
+    for make in (packed([5, 30, 1], window_size=(6, 0)), packed([5, 9], [9, 12], H=4, kv=2)):
+        made = make(rows.Maker(torch.float64, grad=False))
+        with fastdl.policy("definition"):
+            want = made()
+        torch.testing.assert_close(rows.torch_varlen(*made.args, **made.keywords), want)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both passes"])
+def test_a_row_of_attention(backward):
+    case = small("attention", call(kv=1, Sq=9, is_causal=True), backward)
+    row = rows.measure(case, Host(), CEILINGS, compiled=False, rounds=3, warm_s=0)
+    assert row["ok"], row["says"]
+    # the other two have no kernels for the host
+    assert row["graph"]["contenders"].keys() == {"torch", "fused", "flash"}
+    assert row["refused"].keys() == {"cudnn", "efficient"}
+    assert all(why.startswith("RuntimeError: No ") for why in row["refused"].values())
+    assert row["graph"]["baseline"] in ("torch", "flash")
+    assert row["flops"] == (3500 if backward else 1000)
+
+
+def test_a_packed_row_of_attention():
+    case = small("packed", packed([5, 9], window_size=(-1, 0)))
+    row = rows.measure(case, Host(), CEILINGS, compiled=False, rounds=3, warm_s=0)
+    assert row["ok"] and row["graph"]["contenders"].keys() == {"torch", "fused"}
+    assert row["refused"].keys() == {"varlen"}
+
+
+def test_rivals_that_compute_something_else_are_named_and_not_timed(monkeypatch):
+    monkeypatch.setitem(
+        rows.RIVALS,
+        FF.linear,
+        lambda call, compiled: {"rival": lambda x, w, b, activation: x @ w.T},
+    )
+    row = rows.measure(SMALL[0], Host(), CEILINGS, compiled=False, rounds=3, warm_s=0)
+    assert row["graph"]["contenders"].keys() == {"torch", "fused"}
+    assert row["refused"]["rival"].startswith("off by") and "WRONG: rival" in row["says"]
+
+
+def test_ratios_are_to_the_fastest_that_torch_has():
+    us = {"torch": 30.0, "fused": 10.0, "flash": 20.0, "flex": 25.0, "compile": 15.0}
+    found = rows._summary({name: [value] * 5 for name, value in us.items()})
+    assert found["baseline"] == "flash" and found["contenders"].keys() == us.keys()
+    assert found["contenders"]["fused"]["ratio"] == 2
+    assert (found["over_torch"], found["over_compile"]) == (3, 1.5)
+
+
+LARGE = {
+    "attention": call(B=2, H=4, kv=2, Sq=20, is_causal=True),
+    "packed": packed([5, 20], H=4, kv=2, window_size=(-1, 0)),
+    "with a bias": call(B=2, Sq=18, bias=(1, 2, 18, 18)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("wrong", [None, 0, 1], ids=["right", "wrong output", "wrong gradient"])
+def test_the_error_of_attention_sees_the_last_head(name, wrong, monkeypatch):
+    case = small(name, LARGE[name], True, torch.float32)
+
+    def broken(*args, **options):
+        found = run(*args, **options)
+        if args[2] == "fused":
+            tensor = (found.outputs, found.gradients)[wrong][0].detach()
+            tensor[-1, -1] += 0.1
+        return found
+
+    run = error_module.run
+    if wrong is not None:
+        monkeypatch.setattr(error_module, "run", broken)
+    assert error_module.error(case, "cpu").ok == (wrong is None)
 
 
 def test_a_row_that_cannot_be_captured_says_so():
@@ -147,7 +262,7 @@ def test_a_row_on_a_gpu(straw):
 
 def test_a_wrong_row_is_not_timed(monkeypatch):
     case = small("wrong", lambda t: partial(FF.relu, t(64)))
-    monkeypatch.setattr(rows, "error", lambda *args: rows.Error(2.0, 0.1, 0.2))
+    monkeypatch.setattr(rows, "error", lambda *args: Error(2.0, 0.1, 0.2))
     row = rows.measure(case, Host(), CEILINGS)
     assert not row["ok"] and "2.00e+00" in row["says"] and "graph" not in row
 
@@ -202,6 +317,111 @@ def test_exact_sees_a_wrong_element(monkeypatch):
     config = next(iter(configs("linear", torch.float32, (8, 8, 8), H200)))
     row = check_exact(Exact(torch.float32, False, config, (8, 8, 8)), "cpu", repeats=2)
     assert not row["ok"] and row["wrong"] == 2
+
+
+SMALL_SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("tails", 1, 4, 2, 21, 30, 16, apart=11),
+        Shape("causal", 1, 2, 2, 40, 40, 16, apart=11, window=(-1, 0)),
+        Shape("window", 1, 2, 1, 40, 40, 16, apart=5, window=(11, 4)),
+        Shape("decoding", 1, 4, 1, 1, 100, 16, apart=50, ops=PASSES[:1]),
+        Shape("bias", 2, 2, 2, 21, 30, 16, apart=11, bias=(1, 2, 21, 30), ops=tuple(KERNELS)),
+        Shape("bias of keys", 2, 4, 2, 9, 30, 24, apart=11, bias=(1, 1, 1, 30), slopes=True,
+              ops=tuple(KERNELS)),
+    )
+}  # fmt: skip
+
+
+def exact_attention(op, shape, dtype=torch.bfloat16, config=None):
+    return ExactAttention(op, dtype, False, config, SMALL_SHAPES[shape])
+
+
+@pytest.mark.parametrize(
+    "op, shape", [(op, name) for name, shape in SMALL_SHAPES.items() for op in shape.ops]
+)
+def test_attention_is_exact(op, shape):
+    row = check_attention(exact_attention(op, shape), "cpu", repeats=1)
+    assert row["ok"], row
+    assert ("grid=(1, 3)" in row["launched"]) == (shape == "decoding")  # splits
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", PASSES)
+def test_configurations_of_attention_are_exact(op, dtype):
+    case = exact_attention(op, "tails", dtype)
+    for config in list(configs(op, dtype, case.sizes, H200))[::4]:
+        row = check_attention(case._replace(config=config), "cpu", repeats=1)
+        assert row["ok"] and f"BLOCK_M={config['BLOCK_M']}" in row["launched"], row
+
+
+def test_exact_cases_cover_every_configuration_of_attention():
+    cases = list(attention_cases(H200))
+    assert len({case.name for case in cases}) == len(cases)
+    for op in PASSES:
+        for sizes in {case.sizes for case in cases if case.op == op and case.shape.tuned}:
+            found = configs(op, torch.bfloat16, sizes, H200)
+            assert all(any(config == case.config for case in cases) for config in found)
+    assert {case.op for case in cases if case.config is None} == set(KERNELS)
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_exact_sees_one_lost_value(op, monkeypatch):
+    whole = FF.scaled_dot_product_attention
+
+    def lossy(q, k, v, *args, **options):
+        if q.dtype != torch.float64:
+            v = v * (torch.arange(v.shape[-2]) != 17)[:, None]
+        return whole(q, k, v, *args, **options)
+
+    monkeypatch.setattr(FF, "scaled_dot_product_attention", lossy)
+    row = check_attention(exact_attention(op, "bias"), "cpu", repeats=2)
+    assert not row["ok"] and row["wrong"] >= 2
+
+
+def test_exact_sees_another_configuration(monkeypatch):
+    first, second = list(configs("attention", torch.bfloat16, (128, 16), H200))[:2]
+    case = exact_attention("attention", "tails", config=first)
+    monkeypatch.setattr(
+        exact_module,
+        "forced_or_chosen",
+        lambda case: forced(case.op, case.dtype, case.sizes, second),
+    )
+    row = check_attention(case, "cpu", repeats=1)
+    assert not row["ok"] and row["says"].startswith("launched as attention_fwd")
+
+
+def better_by(monkeypatch, path, returncode):
+    """What is set where the ptxas in use is bad, another is installed, and the probe ends so."""
+    problem = "ptxas 12.8.93 can miscompile products"
+    found = types.SimpleNamespace(problems=[problem], ptxas="12.8.93", better_ptxas=path)
+    done = types.SimpleNamespace(returncode=returncode)
+    monkeypatch.setattr(fastdl, "env", lambda: found)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
+    return better_ptxas()
+
+
+def test_a_better_ptxas_is_used_where_it_works(monkeypatch, capsys):
+    assert better_by(monkeypatch, "/bin/ptxas", 0) == {"TRITON_PTXAS_PATH": "/bin/ptxas"}
+    assert better_by(monkeypatch, "/bin/ptxas", 1) == {}
+    assert better_by(monkeypatch, None, 0) == {}
+    assert "fastdl-kernels[hopper]" in capsys.readouterr().out
+    monkeypatch.setattr(fastdl, "env", lambda: types.SimpleNamespace(problems=[]))
+    assert better_ptxas() == {}
+
+
+def test_every_stage_has_the_better_ptxas(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def child(command, env, timeout):
+        seen.append((command[command.index("--child") + 1], env["TRITON_PTXAS_PATH"]))
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(gpu, "better_ptxas", lambda: {"TRITON_PTXAS_PATH": "/bin/ptxas"})
+    monkeypatch.setattr(subprocess, "run", child)
+    assert gpu.run_all(gpu.parse([f"--out={tmp_path}"]), tmp_path) == 0
+    assert seen == [(stage, "/bin/ptxas") for stage in gpu.STAGES]
+    assert {"exact", "attention", "tune"} <= gpu.STAGES.keys()
 
 
 def context(**options):

@@ -193,7 +193,17 @@ def by_name(torch_us, **us):
     return measure
 
 
-@pytest.mark.parametrize("op, sizes", [("linear", (5, 20, 48)), ("layer_norm", (40,))])
+SIZES_OF = [
+    ("linear", (5, 20, 48)),
+    ("layer_norm", (40,)),
+    ("attention", (2, 16)),
+    ("attention", (128, 16)),
+    ("attention_dq", (20, 16)),
+    ("attention_dkdv", (20, 16)),
+]
+
+
+@pytest.mark.parametrize("op, sizes", SIZES_OF, ids=str)
 def test_the_fastest_configuration_wins(op, sizes):
     rows, skipped = run([problem(op, sizes=sizes)], HERE, by_name(30.0, c2=10.0), 1000)
     (row,) = rows
@@ -203,12 +213,21 @@ def test_the_fastest_configuration_wins(op, sizes):
     assert "3.00x" in str(row)
 
 
+@pytest.mark.parametrize("op, sizes", SIZES_OF[2:], ids=str)
+def test_what_is_tuned_is_what_attention_asks_for(op, sizes):
+    tried, kernel = problem(op, sizes=sizes), "attention_fwd" if op == "attention" else op
+    config = list(configs(op, tried.dtype, sizes, HERE))[-1]
+    with tuned.forced(op, tried.dtype, sizes, config), fastdl.policy("fused", "error"):
+        launches = fastdl.explain(tried.fused).launches
+    assert [launch.config for launch in launches if launch.kernel.name == kernel] == [config]
+
+
 def test_torch_wins_where_it_may():
     (row,), _ = run([problem()], HERE, by_name(5.0, c1=10.0), 1000)
     assert row.entry == {"blocks": {}, "variant": "torch"}
-    backward = problem("layer_norm_backward", sizes=(40,))
-    (row,), _ = run([backward], HERE, by_name(5.0, c1=10.0), 1000)
-    assert row.entry["variant"] == "rows"
+    for op, sizes, variant in (("layer_norm_backward", (40,), "rows"), ("attention", (2, 16), "")):
+        (row,), _ = run([problem(op, sizes=sizes)], HERE, by_name(5.0, c1=10.0), 1000)
+        assert row.entry["variant"] == variant
 
 
 def test_wrong_configurations_do_not_win(monkeypatch):
@@ -302,6 +321,14 @@ def test_tune_writes_a_table_and_keeps_what_is_there(gpu_of_straw, user):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tuned.lookup("linear", torch.float16, (5, 20, 48), H200).source == "user"
+
+
+def test_attention_is_tuned_pass_by_pass(gpu_of_straw, user):
+    given = {"shapes": [(2, 16)], "dtypes": [torch.float16]}
+    report = fastdl.tune(["attention", "attention_dq"], **given)
+    keys = [f"{op}/float16/2x16" for op in ("attention", "attention_dq", "attention_dkdv")]
+    assert [row.key for row in report.rows] == keys and not report.skipped
+    assert tuned.load(user)["entries"].keys() == set(keys)
 
 
 def test_tune_does_not_run_during_capture(gpu_of_straw, monkeypatch, user):

@@ -1,5 +1,7 @@
 """The ways in which people write attention."""
 
+import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ._op import SPELLINGS, Spelling
 from .attention import scaled_dot_product_attention
+from .multi_head_attention import multi_head_attention_forward
 
 # Beside so low a logit float32 has no digit left for another.
 LOW = -1e8
@@ -126,3 +129,32 @@ SPELLINGS.append(
         _call,
     )
 )
+
+
+@functools.wraps(multi_head_attention_forward)
+def multi_head_attention(*args: Any, **options: Any) -> Tensor:
+    """What multi_head_attention_forward returns first."""
+    return multi_head_attention_forward(*args, **options)[0]
+
+
+def _of_heads(*given: Any) -> Any:
+    # nn.MultiheadAttention is one call in Dynamo's graphs
+    arguments = dict(zip(_OF_HEADS, given, strict=True))
+    return F.multi_head_attention_forward(**arguments, need_weights=False)[0]
+
+
+_OF_HEADS = [
+    name
+    for name in inspect.signature(F.multi_head_attention_forward).parameters
+    if name != "need_weights"
+]
+_of_heads.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in _OF_HEADS]
+)
+
+
+def _call_of_heads(**given: Any) -> partial[Any]:
+    return partial(multi_head_attention, **given, need_weights=False)
+
+
+SPELLINGS.append(Spelling(_of_heads, _call_of_heads))
