@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+import fastdl
 import fastdl.functional as FF
 
 
@@ -86,3 +88,23 @@ def test_a_launch_happens_on_the_device_of_its_tensors(monkeypatch):
     assert [kind for kind, _ in runs] == kinds
     assert runs[1] == ("kept", (4, 1, 1))
     assert entered == [1] * 6
+
+
+def test_second_derivative_with_a_frozen_weight(device, fused):
+    """Backward keeps no input then, and needs none."""
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    weight = torch.randn(5, 4, device=device)
+    back = torch.randn(3, 5, device=device, requires_grad=True)
+    with fastdl.policy("fused"):
+        (dx,) = torch.autograd.grad(FF.linear(x, weight), x, back, create_graph=True)
+    (dback,) = torch.autograd.grad(dx.square().sum(), back)
+    torch.testing.assert_close(dback, 2 * dx.detach() @ weight.T)
+
+
+def test_backward_in_torch_under_a_dispatch_mode(device):
+    """Selective checkpointing and counters of flops are such modes."""
+    x = torch.randn(0, 8, device=device, requires_grad=True)
+    weight = torch.randn(8, device=device, requires_grad=True)
+    with FlopCounterMode(display=False):
+        FF.layer_norm(x, (8,), weight).sum().backward()
+    assert not weight.grad.any()

@@ -115,7 +115,11 @@ def gradients(
     Differentiates at views of the arguments: one of them may be computed from another, and the
     paths between them are not part of this op.
     """
-    with torch.enable_grad():
+    # inside of a library op that a dispatch mode called, autograd is switched off below grad mode
+    autograd = torch._C._SetExcludeDispatchKeyGuard(
+        torch._C.DispatchKey.AutogradFunctionality, False
+    )
+    with torch.enable_grad(), autograd:
         args = list(args)
         wanted = [i for i, need in enumerate(needs) if need]
         for i in wanted:

@@ -269,7 +269,6 @@ def scaled_dot_product_attention(
     """
     _check(query, key, value, attn_mask, dropout_p, enable_gqa, window_size, alibi_slopes, sinks)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
-    lead = query.shape[:-2]
     q, k, v = _four_dimensions(query, key, value)
     mask = _mask_for(attn_mask, query, q, k)
     left, right = window_size
@@ -282,8 +281,10 @@ def scaled_dot_product_attention(
         q.shape[-1] ** -0.5 if scale is None else float(scale), float(softcap), dropout_p, 0,
         return_lse,
     )  # fmt: skip
-    if query.dim() == 4:
+    if query.dim() == 4 == max(key.dim(), value.dim()):
         return out
+    lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+    lead = (*lead, q.shape[1]) if max(query.dim(), key.dim(), value.dim()) > 2 else lead
     if not return_lse:
         return out.reshape(*lead, *out.shape[-2:])
     o, lse = out
@@ -340,12 +341,14 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Any
 
 def _four_dimensions(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """[batch, head, position, column], of one batch and, but for queries, one number of heads."""
-    if q.dim() < 4:
-        return tuple(x[(None,) * (4 - q.dim())] for x in (q, k, v))
+    dims = max(q.dim(), k.dim(), v.dim(), 4)
+    q, k, v = (x[(None,) * (dims - x.dim())] if x.dim() < dims else x for x in (q, k, v))
     heads = max(k.shape[-3], v.shape[-3])
     k, v = (x.repeat_interleave(heads // x.shape[-3], -3) if x.shape[-3] != heads else x
             for x in (k, v))  # fmt: skip
-    if q.dim() == 4 and q.shape[0] == k.shape[0] == v.shape[0]:
+    if q.shape[-3] < heads:
+        q = q.expand(*q.shape[:-3], heads, *q.shape[-2:])
+    if dims == 4 and q.shape[0] == k.shape[0] == v.shape[0]:
         return q, k, v
     batches = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     return tuple(x.expand(*batches, *x.shape[-3:]).flatten(0, -4) for x in (q, k, v))
@@ -375,10 +378,8 @@ def _check(
     window: tuple[int, int], slopes: Tensor | None, sinks: Tensor | None,
 ) -> None:  # fmt: skip
     op = "scaled_dot_product_attention"
-    if not (q.dim() == k.dim() == v.dim() >= 2):
-        raise RuntimeError(
-            f"{op}: {_shapes(q, k, v)}; they must have as many dimensions, at least 2"
-        )
+    if min(q.dim(), k.dim(), v.dim()) < 2:
+        raise RuntimeError(f"{op}: {_shapes(q, k, v)}; they must have at least 2 dimensions")
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise RuntimeError(
             f"{op}: query is {q.dtype} on {q.device}, key {k.dtype} on {k.device},"
@@ -390,7 +391,8 @@ def _check(
             " key and value as many positions"
         )
     heads = [x.shape[-3] if x.dim() > 2 else 1 for x in (q, k, v)]
-    if not all(heads[0] == n or n == 1 or (enable_gqa and heads[0] % n == 0) for n in heads[1:]):
+    whole = all(heads[0] in (1, n) or n == 1 for n in heads[1:]) and len({*heads} - {1}) < 2
+    if not whole and not (enable_gqa and all(n and heads[0] % n == 0 for n in heads[1:])):
         raise RuntimeError(
             f"{op}: {_shapes(q, k, v)}; heads must match,"
             " or those of query be a multiple with enable_gqa=True"

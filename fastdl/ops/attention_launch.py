@@ -88,17 +88,23 @@ _BLOCKS: dict[str, dict[int, tuple[tuple[int, int], ...]]] = {
     },
 }  # fmt: skip
 
-# Of exact float32, for all passes: without tensor cores tiles are small.
-_EXACT_BLOCKS = {64: (32, 32), 128: (32, 16), 256: (16, 16), 512: (16, 16)}
+# Of exact float32, plain or not, for all passes: without tensor cores tiles are small.
+_EXACT_BLOCKS = {
+    64: ((32, 32), (32, 16)),
+    128: ((32, 16), (16, 16)),
+    256: ((16, 16), (16, 16)),
+    512: ((16, 16), (16, 16)),
+}
 
 
 def choose(part: str, a: Given) -> Config:
     """Blocks of rows and keys for one pass: "forward", "dq", "dkdv" or "dbias"."""
     device, rows = device_of(a.q), _longest(a)[0] * (_group(a) if part in ("forward", "dq") else 1)
     shape = Shape(min(power_of_2(rows), 128), _wider(a), _load(a), _exact(a.q.dtype))
-    tuned = _tuned.lookup(_key(part), a.q.dtype, (shape.rows, shape.width), device)
-    if tuned is not None and shape.load == 0:
-        return tuned
+    if shape.load == 0:  # what is measured says nothing of more
+        tuned = _tuned.lookup(_key(part), a.q.dtype, (shape.rows, shape.width), device)
+        if tuned is not None:
+            return tuned
     return _rule(part, shape, a.q.dtype.itemsize, device)
 
 
@@ -109,10 +115,14 @@ def _rule(part: str, shape: Shape, itemsize: int, device: Device) -> Config:
         m, n = (32, 16) if part == "forward" else (16, 32)
         return _config(min(m, max(shape.rows, 16)), n, 4, 1)
     width = max(shape.width, 64)
+    wgmma = device.backend == "cuda" and device.arch == 90
     if shape.exact:
-        return _fitting(part, _config(*_EXACT_BLOCKS[width], 8, 1), shape, itemsize, device)
-    # without wgmma, or with its successor, registers hold more at once
-    load = shape.load if device.arch == 90 else min(shape.load + 1, 2)
+        m, n = _EXACT_BLOCKS[width][shape.load > 0] if wgmma else (16, 16)
+        warps = 8 if wgmma and shape.load == 0 else 4
+        return _fitting(part, _config(m, n, warps, 1), shape, itemsize, device)
+    # without wgmma operands are in registers too
+    more = 0 if wgmma else 1 if width == 64 and device.backend == "cuda" else 2
+    load = min(shape.load + more, 2)
     m, n = _BLOCKS[part][width][load]
     if itemsize == 4:  # tf32
         part_of = 4 if load == 2 else 2
@@ -155,7 +165,7 @@ def _candidates(part: str) -> _tuned.Candidates:
         first = _rule(part, shape, dtype.itemsize, device)
         m, n, warps, found = first["BLOCK_M"], first["BLOCK_N"], first.num_warps, [first]
         for blocks in ((m, n), (m, n // 2), (m // 2, n)):
-            for stages in (1, 2, 3):
+            for stages in (2, 3):
                 config = _config(*blocks, warps, stages)
                 fits = _fitting(part, config, shape, dtype.itemsize, device) == config
                 if min(blocks) >= 16 and fits and config not in found:
@@ -165,7 +175,8 @@ def _candidates(part: str) -> _tuned.Candidates:
     return candidates
 
 
-for _part in _BLOCKS:
+# The pass for a bias has no plain form.
+for _part in ("forward", "dq", "dkdv"):
     _tuned.CANDIDATES[_key(_part)] = _candidates(_part)
 
 

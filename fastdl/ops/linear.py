@@ -361,7 +361,7 @@ class LinearFunction(torch.autograd.Function):
         x, weight, bias, seed, z = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         if x is None:
-            x = weight.new_zeros(()).expand(ctx.shape)
+            x = weight.new_zeros((), requires_grad=True).expand(ctx.shape)
         if not any(needs):
             grads: Any = (None, None, None)
         elif differentiating():

@@ -29,7 +29,14 @@ def _few(spec: Specialisation, facts: Facts, target: Target) -> bool:
     return facts.spills <= 8 and facts.registers < 255
 
 
-EXCUSES = [Excuse(None, "spill", _few, "ptxas keeps registers free for one more program")]
+def _always(spec: Specialisation, facts: Facts, target: Target) -> bool:
+    return True
+
+
+EXCUSES = [
+    Excuse(None, "spill", _few, "ptxas keeps registers free for one more program"),
+    Excuse("attention_delta", "narrow", _always, "it stores one number a row"),
+]
 
 
 def faults(spec: Specialisation, facts: Facts, target: Target) -> list[Fault]:
