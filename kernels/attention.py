@@ -92,14 +92,7 @@ def attention_fwd(
         table_ptr, table_b, page_rows,
     )  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    if sinks_ptr is not None:
-        # a logit that brings no value, and is there once
-        sink = tl.load(sinks_ptr + rows.head).to(tl.float32) * LOG2E
-        peak = tl.where(split == 0, sink, peak)
-        total = tl.where(split == 0, 1.0, total)
-
+    total, peak = begin_with(sinks_ptr, rows, split)
     begin, full, rest, end = blocks_seen(rows.first, rows.last, k_len, left, right, BLOCK_N)
     share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), tl.num_programs(1)) * BLOCK_N
     low, high = begin + split * share, begin + (split + 1) * share
@@ -117,13 +110,26 @@ def attention_fwd(
         form, sees, seed_ptr, p_drop, D, DV, BLOCK_N, PRECISION, True,
     )  # fmt: skip
 
-    o = acc * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
-    dv = tl.arange(0, BLOCK_DV)
     o_head = head_of(o_ptr + split * o_split, b, rows.head, q_start, o_b, o_h, o_s, cu_q_ptr)
+    dv = tl.arange(0, BLOCK_DV)
     o_ptrs = (o_head + rows.query.to(tl.int64) * o_s)[:, None] + dv[None, :]
+    o = acc * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
     tl.store(o_ptrs, o, mask=rows.inside[:, None] & (dv < DV)[None, :])
     lse_ptrs = lse_ptr + split * lse_split + rows.place
     tl.store(lse_ptrs, lse_of(peak, total), mask=rows.inside)
+
+
+@triton.jit
+def begin_with(sinks_ptr, rows, split):
+    """The sum of exponentials and the peak of rows before any key."""
+    total = tl.zeros(rows.head.shape, tl.float32)
+    peak = tl.full(rows.head.shape, float("-inf"), tl.float32)
+    if sinks_ptr is not None:
+        # a logit that brings no value, and is there once
+        sink = tl.load(sinks_ptr + rows.head).to(tl.float32) * LOG2E
+        peak = tl.where(split == 0, sink, peak)
+        total = tl.where(split == 0, 1.0, total)
+    return total, peak
 
 
 @triton.jit

@@ -155,16 +155,9 @@ def add_dkdv(
         form = form_of(scale, softcap, mask_ptr, mask_rows, slopes, FOLDED)
         given = load_mask(form, j[:, None], sees.n_k)
         s = tl.dot(keys, q_tile.T, input_precision=PRECISION)
+        i = (query + shift)[None, :]
         p, steep = probabilities(
-            s,
-            (query + shift)[None, :],
-            j[:, None],
-            lse[None, :],
-            share[None, :],
-            given,
-            form,
-            sees,
-            CHECK,
+            s, i, j[:, None], lse[None, :], share[None, :], given, form, sees, CHECK
         )
         kept = kept_by_dropout(seed_ptr, (place + query)[:, None], first_key, p_drop, keys.shape[0])
         if seed_ptr is not None:

@@ -30,8 +30,9 @@ def test_machine_code(op):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("op", SPECS)
-def test_all_machine_code(op):
-    assert not failures(fastdl.targets([op], ["sm_90"], limit=None))
+def test_more_machine_code(op):
+    """Of thousands those that differ most; `fastdl targets --all` compiles all."""
+    assert not failures(fastdl.targets([op], ["sm_90"], limit=200))
     assert not failures(fastdl.targets([op], [t for t in TARGETS if t != "sm_90"], limit=40))
 
 

@@ -22,7 +22,8 @@ def _targets(
     At most `limit` binaries an op and target, kernels and configurations covered first; None is all
     of them. `configs`, entries of a tuned table, are compiled instead of what the op would choose.
     `progress(done, of)` is called as binaries are ready. The result prints as a table; `.failures`
-    are the rows that break a rule, `.to_json()` holds everything.
+    are the rows that break a rule, `.to_json()` holds everything. What "main loop" says of sm_90 is
+    explained in `targets/loop.py`.
     """
     from .run import compile_all
 

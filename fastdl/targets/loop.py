@@ -8,8 +8,8 @@ warps, over the four schedulers of a processor, take one iteration's
     (FP32 + other) warps / 4         clocks of everything else
 
 and the sum of the three is the time if none overlaps, the largest of them if all do. TFLOP/s are of
-all processors of an H200 that run nothing but this loop. Memory is not in it: the bracket is a
-bound by instructions, no forecast.
+an H200 whose processors run nothing but this loop. Memory is not in it, nor shared memory, which
+products of fewer than 64 columns wait for: it is a bound by instructions, no forecast.
 """
 
 import re
