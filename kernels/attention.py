@@ -26,6 +26,7 @@ from ._attention import (
     rows_of,
     seen_keys,
     sequence,
+    source_of,
 )
 
 
@@ -67,7 +68,8 @@ def attention_fwd(
     table_b, page_rows, o_split, lse_split, n_heads, n_group, n_q, n_k, n_blocks,
     scale, softcap, left, right, p_drop,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    FOLDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLDED: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program per block of rows, key-value head, sequence, and split of the keys."""
     block, kv, b = program(n_blocks, n_heads // n_group)
@@ -85,11 +87,11 @@ def attention_fwd(
     form = form_of(scale, softcap, mask_ptr, mask_rows, slopes, FOLDED)
     sees = Sees(k_len, left, right)
 
-    q_head = head_of(q_ptr, b, rows.head, q_start, q_b, q_h, q_s, cu_q_ptr)
-    q = load_tile(q_head + rows.query.to(tl.int64) * q_s, rows.inside, D, BLOCK_D)
+    q_head = head_of(q_ptr, b, rows.head, q_start, q_b, q_h, q_s, cu_q_ptr, STEP)
+    q = load_tile(q_head + rows.query.to(tl.int64) * (q_s * STEP), rows.inside, D, BLOCK_D)
     k, v = sources(
         k_ptr, v_ptr, b, kv, k_start, k_b, k_h, k_s, v_b, v_h, v_s, cu_k_ptr,
-        table_ptr, table_b, page_rows,
+        table_ptr, table_b, page_rows, STEP,
     )  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     total, peak = begin_with(sinks_ptr, rows, split)
@@ -110,9 +112,9 @@ def attention_fwd(
         form, sees, seed_ptr, p_drop, D, DV, BLOCK_N, PRECISION, True,
     )  # fmt: skip
 
-    o_head = head_of(o_ptr + split * o_split, b, rows.head, q_start, o_b, o_h, o_s, cu_q_ptr)
+    o_head = head_of(o_ptr + split * o_split, b, rows.head, q_start, o_b, o_h, o_s, cu_q_ptr, STEP)
     dv = tl.arange(0, BLOCK_DV)
-    o_ptrs = (o_head + rows.query.to(tl.int64) * o_s)[:, None] + dv[None, :]
+    o_ptrs = (o_head + rows.query.to(tl.int64) * (o_s * STEP))[:, None] + dv[None, :]
     o = acc * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
     tl.store(o_ptrs, o, mask=rows.inside[:, None] & (dv < DV)[None, :])
     lse_ptrs = lse_ptr + split * lse_split + rows.place
@@ -135,24 +137,23 @@ def begin_with(sinks_ptr, rows, split):
 @triton.jit
 def sources(
     k_ptr, v_ptr, b, kv, k_start, k_b, k_h, k_s, v_b, v_h, v_s, cu_k_ptr,
-    table_ptr, table_b, page_rows,
+    table_ptr, table_b, page_rows, STEP: tl.constexpr,
 ):  # fmt: skip
     """Keys and values of a head: rows of a tensor, or of pages b's row of the table names."""
     if table_ptr is None:
-        k = head_of(k_ptr, b, kv, k_start, k_b, k_h, k_s, cu_k_ptr)
-        v = head_of(v_ptr, b, kv, k_start, v_b, v_h, v_s, cu_k_ptr)
-        k, v = Source(k, k_s, None, 0, 1), Source(v, v_s, None, 0, 1)
+        k = source_of(k_ptr, b, kv, k_start, k_b, k_h, k_s, cu_k_ptr, STEP)
+        v = source_of(v_ptr, b, kv, k_start, v_b, v_h, v_s, cu_k_ptr, STEP)
     else:
-        table = table_ptr + tl.cast(b, tl.int64) * table_b
-        k = Source(k_ptr + tl.cast(kv, tl.int64) * k_h, k_s, table, k_b, page_rows)
-        v = Source(v_ptr + tl.cast(kv, tl.int64) * v_h, v_s, table, v_b, page_rows)
+        table, head = table_ptr + tl.cast(b, tl.int64) * table_b, tl.cast(kv, tl.int64)
+        k = Source(k_ptr + head * k_h * STEP, k_s * STEP, table, k_b * STEP, page_rows)
+        v = Source(v_ptr + head * v_h * STEP, v_s * STEP, table, v_b * STEP, page_rows)
     return k, v
 
 
 @triton.jit
 def attention_merge(
     o_parts_ptr, lse_parts_ptr, o_ptr, lse_ptr, o_b, o_h, o_s, n_heads, n_q, n_rows, n_splits,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Rows [batch, head, query] of the splits, weighted by their shares of the exponentials."""
     place = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -174,6 +175,6 @@ def attention_merge(
         peak = new_peak
     o = acc * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
     head, query = place // n_q % n_heads, place % n_q
-    o_rows = o_ptr + place // n_q // n_heads * o_b + head * o_h + query * o_s
+    o_rows = o_ptr + (place // n_q // n_heads * o_b + head * o_h + query * o_s) * STEP
     tl.store(o_rows[:, None] + dv[None, :], o, mask=keep)
     tl.store(lse_ptr + place, peak + tl.log2(total), mask=inside)

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from ._attention import (
     Sees,
-    Source,
     blocks_seen,
     form_of,
     head_of,
@@ -28,20 +27,21 @@ from ._attention import (
     rows_of,
     seen_keys,
     sequence,
+    source_of,
 )
 
 
 @triton.jit
 def attention_delta(
     o_ptr, do_ptr, dlse_ptr, delta_ptr, o_b, o_h, o_s, do_b, do_h, do_s, n_heads, n_q, n_rows,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta of rows [batch, head, query]."""
     place = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = place < n_rows
     b, head, query = place // n_q // n_heads, place // n_q % n_heads, place % n_q
-    o = load_tile(o_ptr + b * o_b + head * o_h + query * o_s, inside, DV, BLOCK_DV)
-    do = load_tile(do_ptr + b * do_b + head * do_h + query * do_s, inside, DV, BLOCK_DV)
+    o = load_tile(o_ptr + (b * o_b + head * o_h + query * o_s) * STEP, inside, DV, BLOCK_DV)
+    do = load_tile(do_ptr + (b * do_b + head * do_h + query * do_s) * STEP, inside, DV, BLOCK_DV)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + place, mask=inside, other=0.0)
@@ -82,7 +82,8 @@ def attention_dq(
     mask_b, mask_h, mask_q, n_heads, n_group, n_q, n_k, n_blocks,
     scale, softcap, left, right, p_drop,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    FOLDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLDED: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program per block of rows, key-value head and sequence."""
     block, kv, b = program(n_blocks, n_heads // n_group)
@@ -100,14 +101,14 @@ def attention_dq(
     sees = Sees(k_len, left, right)
 
     query = rows.query.to(tl.int64)
-    q_head = head_of(q_ptr, b, rows.head, q_start, q_b, q_h, q_s, cu_q_ptr)
-    do_head = head_of(do_ptr, b, rows.head, q_start, do_b, do_h, do_s, cu_q_ptr)
-    q = load_tile(q_head + query * q_s, rows.inside, D, BLOCK_D)
-    do = load_tile(do_head + query * do_s, rows.inside, DV, BLOCK_DV)
+    q_head = head_of(q_ptr, b, rows.head, q_start, q_b, q_h, q_s, cu_q_ptr, STEP)
+    do_head = head_of(do_ptr, b, rows.head, q_start, do_b, do_h, do_s, cu_q_ptr, STEP)
+    q = load_tile(q_head + query * (q_s * STEP), rows.inside, D, BLOCK_D)
+    do = load_tile(do_head + query * (do_s * STEP), rows.inside, DV, BLOCK_DV)
     lse, share = load_lse(lse_ptr, rows.place, rows.inside)
     delta = tl.load(delta_ptr + rows.place, mask=rows.inside, other=0.0)
-    k = Source(head_of(k_ptr, b, kv, k_start, k_b, k_h, k_s, cu_k_ptr), k_s, None, 0, 1)
-    v = Source(head_of(v_ptr, b, kv, k_start, v_b, v_h, v_s, cu_k_ptr), v_s, None, 0, 1)
+    k = source_of(k_ptr, b, kv, k_start, k_b, k_h, k_s, cu_k_ptr, STEP)
+    v = source_of(v_ptr, b, kv, k_start, v_b, v_h, v_s, cu_k_ptr, STEP)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     begin, full, rest, end = blocks_seen(rows.first, rows.last, k_len, left, right, BLOCK_N)
@@ -125,8 +126,8 @@ def attention_dq(
         form, sees, seed_ptr, p_drop, D, DV, BLOCK_N, PRECISION, True,
     )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
-    dq_head = head_of(dq_ptr, b, rows.head, q_start, dq_b, dq_h, dq_s, cu_q_ptr)
-    dq_ptrs = (dq_head + query * dq_s)[:, None] + d[None, :]
+    dq_head = head_of(dq_ptr, b, rows.head, q_start, dq_b, dq_h, dq_s, cu_q_ptr, STEP)
+    dq_ptrs = (dq_head + query * (dq_s * STEP))[:, None] + d[None, :]
     tl.store(dq_ptrs, dq * scale, mask=rows.inside[:, None] & (d < D)[None, :])
 
 
@@ -179,7 +180,8 @@ def attention_dkdv(
     mask_b, mask_h, mask_q, n_heads, n_group, n_q, n_k, n_blocks,
     scale, softcap, left, right, p_drop,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    FOLDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLDED: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program per block of keys, key-value head and sequence: all queries that may see them."""
     block, kv, b = program(n_blocks, n_heads // n_group)
@@ -191,8 +193,8 @@ def attention_dkdv(
     sees = Sees(k_len, left, right)
     first_key, n = block * BLOCK_N, tl.arange(0, BLOCK_N)
     inside = first_key + n < k_len
-    k = Source(head_of(k_ptr, b, kv, k_start, k_b, k_h, k_s, cu_k_ptr), k_s, None, 0, 1)
-    v = Source(head_of(v_ptr, b, kv, k_start, v_b, v_h, v_s, cu_k_ptr), v_s, None, 0, 1)
+    k = source_of(k_ptr, b, kv, k_start, k_b, k_h, k_s, cu_k_ptr, STEP)
+    v = source_of(v_ptr, b, kv, k_start, v_b, v_h, v_s, cu_k_ptr, STEP)
     keys = load_rows(k, first_key, n, inside, D, BLOCK_D, True)
     values = load_rows(v, first_key, n, inside, DV, BLOCK_DV, True)
 
@@ -204,8 +206,8 @@ def attention_dkdv(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for head in range(kv * n_group, (kv + 1) * n_group):
-        q = Source(head_of(q_ptr, b, head, q_start, q_b, q_h, q_s, cu_q_ptr), q_s, None, 0, 1)
-        do = Source(head_of(do_ptr, b, head, q_start, do_b, do_h, do_s, cu_q_ptr), do_s, None, 0, 1)
+        q = source_of(q_ptr, b, head, q_start, q_b, q_h, q_s, cu_q_ptr, STEP)
+        do = source_of(do_ptr, b, head, q_start, do_b, do_h, do_s, cu_q_ptr, STEP)
         place = place_of(b, head, q_start, cu_q_ptr, n_heads, n_q)
         mask_head = tl.cast(b, tl.int64) * mask_b
         if mask_q is not None:
@@ -231,19 +233,24 @@ def attention_dkdv(
             )  # fmt: skip
     if dk_ptr is not None:
         dk *= scale
-        store_rows(dk_ptr, b, kv, k_start, dk_b, dk_h, dk_s, cu_k_ptr, dk, first_key, k_len, D)
+        store_rows(
+            dk_ptr, b, kv, k_start, dk_b, dk_h, dk_s, cu_k_ptr, dk, first_key, k_len, D, STEP
+        )
     if dv_ptr is not None:
-        store_rows(dv_ptr, b, kv, k_start, dv_b, dv_h, dv_s, cu_k_ptr, dv, first_key, k_len, DV)
+        store_rows(
+            dv_ptr, b, kv, k_start, dv_b, dv_h, dv_s, cu_k_ptr, dv, first_key, k_len, DV, STEP
+        )
 
 
 @triton.jit
 def store_rows(
-    ptr, b, head, start, b_stride, h_stride, s_stride, cu_ptr, tile, first, n, DIM: tl.constexpr
-):
+    ptr, b, head, start, b_stride, h_stride, s_stride, cu_ptr, tile, first, n,
+    DIM: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Store a tile of a head's rows from `first` on, those below n."""
     rows, d = first + tl.arange(0, tile.shape[0]), tl.arange(0, tile.shape[1])
-    base = head_of(ptr, b, head, start, b_stride, h_stride, s_stride, cu_ptr)
-    ptrs = base + (rows.to(tl.int64) * s_stride)[:, None] + d[None, :]
+    base = head_of(ptr, b, head, start, b_stride, h_stride, s_stride, cu_ptr, STEP)
+    ptrs = base + (rows.to(tl.int64) * (s_stride * STEP))[:, None] + d[None, :]
     tl.store(ptrs, tile, mask=(rows < n)[:, None] & (d < DIM)[None, :])
 
 
@@ -254,7 +261,8 @@ def attention_dbias(
     n_heads, n_group, n_q, n_k, tiles_q, tiles_k, bias_heads, turns_b, turns_h, turns_q, part_size,
     scale, softcap, left, right, p_drop,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ONE_ROW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ONE_ROW: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of the bias and part. Parts share the turns: what the bias stands for.
 
@@ -280,11 +288,11 @@ def attention_dbias(
             mask_rows = mask_rows_of(b, head, query[:, None], bias_b, bias_h, bias_q)
             slopes = load_slopes(slopes_ptr, head)
             form = form_of(scale, softcap, bias_ptr, mask_rows, slopes, False)
-            q = Source(head_of(q_ptr, b, head, 0, q_b, q_h, q_s, None), q_s, None, 0, 1)
-            do = Source(head_of(do_ptr, b, head, 0, do_b, do_h, do_s, None), do_s, None, 0, 1)
+            q = source_of(q_ptr, b, head, 0, q_b, q_h, q_s, None, STEP)
+            do = source_of(do_ptr, b, head, 0, do_b, do_h, do_s, None, STEP)
             kv = head // n_group
-            k = Source(head_of(k_ptr, b, kv, 0, k_b, k_h, k_s, None), k_s, None, 0, 1)
-            v = Source(head_of(v_ptr, b, kv, 0, v_b, v_h, v_s, None), v_s, None, 0, 1)
+            k = source_of(k_ptr, b, kv, 0, k_b, k_h, k_s, None, STEP)
+            v = source_of(v_ptr, b, kv, 0, v_b, v_h, v_s, None, STEP)
             place = place_of(b, head, 0, None, n_heads, n_q) + first
             acc += bias_turn(
                 q, k, v, do, lse_ptr, delta_ptr, place, first, first_key, n_q,

@@ -145,7 +145,7 @@ PACKED = [
     Case("packed", "sequences apart from each other", packed([5, 30, 1, 17], kv=1, window_size=(-1, 0)), core=True),
     Case("packed, empty ones", "no queries, no keys, and rows of nobody", packed([5, 0, 18, 9], [7, 6, 0, 20], spare=3, return_lse=True)),
     Case("packed, causal", "bottom-right: the last query sees all", packed([5, 20, 9], [20, 9, 9], window_size=(-1, 0))),
-    Case("packed, window", "edges counted from the end", packed([18, 4], [30, 33], kv=1, window_size=(6, 2), softcap=2.0)),
+    Case("packed, window", "edges counted from the end", packed([18, 4, 40], [30, 33, 20], kv=1, window_size=(6, 2), softcap=2.0)),
     Case("packed, partly used", "keys beyond their number", packed([5, 4], [20, 33], used=[17, 9], window_size=(-1, 0))),
     Case("packed, splits", "merging sequences", packed([1, 1, 1], [70, 0, 33], H=4, kv=1, num_splits=3)),
 ]  # fmt: skip

@@ -118,19 +118,20 @@ def _rule(part: str, shape: Shape, itemsize: int, device: Device) -> Config:
     wgmma = device.backend == "cuda" and device.arch == 90
     if shape.exact:
         m, n = _EXACT_BLOCKS[width][shape.load > 0] if wgmma else (16, 16)
-        warps = 8 if wgmma and shape.load == 0 else 4
+        m, n = (n, m) if part == "dkdv" else (m, n)
+        warps = 8 if m * n >= 512 else 4
         return _fitting(part, _config(m, n, warps, 1), shape, itemsize, device)
     # without wgmma operands are in registers too
     more = 0 if wgmma else 1 if width == 64 and device.backend == "cuda" else 2
-    load = min(shape.load + more, 2)
+    load = min(shape.load + more + (itemsize == 4), 2)
     m, n = _BLOCKS[part][width][load]
     if itemsize == 4:  # tf32
-        part_of = 4 if load == 2 else 2
+        part_of = 4 if shape.load == 2 else 2
         m, n = max(m // part_of, 16), max(n // part_of, 16)
     stages, warps = 1 if part == "dbias" or shape.width > 256 else 2, 8
     if part == "forward" and shape.rows <= min(m, 64):
         # few rows: keys stream by
-        m, n, warps, stages = max(shape.rows, 16), max(n, 32), 4, 3
+        m, n, warps, stages = max(shape.rows, 16), min(max(n, 32), 64), 4, 3
     return _fitting(part, _config(m, n, warps, stages), shape, itemsize, device)
 
 
@@ -231,8 +232,16 @@ def _longest(a: Given) -> tuple[int, int]:
     return (a.q.shape[2], a.k.shape[2]) if a.cu_q is None else (a.max_q, a.max_k)
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
+def _strides(*tensors: Tensor) -> tuple[list[int], int]:
+    """Of batches, heads and rows, and what they count: eights where they allow that, so that
+    16 bytes are moved at a time.
+    """
+    sizes = [
+        (n, stride) for x in tensors for n, stride in zip(x.shape[:3], x.stride(), strict=False)
+    ]
+    strides = [stride if n > 1 else 0 for n, stride in sizes]
+    step = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    return [stride // step for stride in strides], step
 
 
 def _mask_strides(mask: Tensor | None) -> tuple[int | None, ...]:
@@ -305,13 +314,13 @@ def forward(
     n_k, table_row = k.shape[2], (0, 1)
     if table is not None:
         n_k, table_row = table.shape[1] * k.shape[2], (table.stride(0), k.shape[2])
+    strides, step = _strides(a.q, a.k, a.v, outputs[0] if splits == 1 else outputs[0][0])
     launch(
         ATTENTION_FWD, (programs, splits),
         *a[:3], a.mask, a.slopes, a.sinks, seed, cu_q, cu_k, used_k, table, *outputs,
-        *_strides(a.q, a.k, a.v, outputs[0] if splits == 1 else outputs[0][0]),
-        *_mask_strides(a.mask), *table_row, *part_sizes,
+        *strides, *_mask_strides(a.mask), *table_row, *part_sizes,
         q.shape[1], _group(a), q.shape[2], n_k, blocks, *_numbers(a),
-        **_constants(a), FOLDED=_folded(a), config=config,
+        **_constants(a), FOLDED=_folded(a), STEP=step, config=config,
     )  # fmt: skip
     if splits > 1:
         _merge(*outputs, o, lse)
@@ -321,10 +330,11 @@ def forward(
 def _merge(parts: Tensor, lse_parts: Tensor, o: Tensor, lse: Tensor) -> None:
     width = _width(o.shape[3])
     config = Config({"BLOCK_M": max(1, 2048 // width)}, 4, 1)
+    strides, step = _strides(o)
     launch(
         ATTENTION_MERGE, (cdiv(lse.numel(), config["BLOCK_M"]),),
-        parts, lse_parts, o, lse, *_strides(o), o.shape[1], o.shape[2], lse.numel(),
-        parts.shape[0], DV=o.shape[3], BLOCK_DV=width, config=config,
+        parts, lse_parts, o, lse, *strides, o.shape[1], o.shape[2], lse.numel(),
+        parts.shape[0], DV=o.shape[3], BLOCK_DV=width, STEP=step, config=config,
     )  # fmt: skip
 
 
@@ -373,12 +383,13 @@ def backward(
 
 def _delta(o: Tensor, do: Tensor, dlse: Tensor | None) -> Tensor:
     delta, width = o.new_empty(o.shape[:3], dtype=torch.float32), _width(o.shape[3])
-    config = Config({"BLOCK_M": max(1, 4096 // width)}, 4, 1)
+    config = Config({"BLOCK_M": max(1, min(64, 4096 // width))}, 4, 1)
+    strides, step = _strides(o, do)
     launch(
         ATTENTION_DELTA, (cdiv(delta.numel(), config["BLOCK_M"]),),
-        o, do, None if dlse is None else dlse.contiguous(), delta, *_strides(o, do),
+        o, do, None if dlse is None else dlse.contiguous(), delta, *strides,
         o.shape[1], o.shape[2], delta.numel(),
-        DV=o.shape[3], BLOCK_DV=width, config=config,
+        DV=o.shape[3], BLOCK_DV=width, STEP=step, config=config,
     )  # fmt: skip
     return delta
 
@@ -387,25 +398,27 @@ def _launch_dq(a: Given, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> 
     rows, group = _longest(a)[0], _group(a)
     config = choose("dq", a)
     blocks = cdiv(rows * group, config["BLOCK_M"])
+    strides, step = _strides(a.q, a.k, a.v, do, dq)
     launch(
         ATTENTION_DQ, (blocks * a.k.shape[1] * _batches(a),),
         *a[:3], a.mask, a.slopes, a.seed, a.cu_q, a.cu_k, a.used_k, do, lse, delta, dq,
-        *_strides(a.q, a.k, a.v, do, dq), *_mask_strides(a.mask),
+        *strides, *_mask_strides(a.mask),
         a.q.shape[1], group, a.q.shape[2], a.k.shape[2], blocks, *_numbers(a),
-        **_constants(a), FOLDED=_folded(a), config=config,
+        **_constants(a), FOLDED=_folded(a), STEP=step, config=config,
     )  # fmt: skip
 
 
 def _launch_dkdv(a: Given, do: Tensor, lse: Tensor, delta: Tensor, dk: Any, dv: Any) -> None:
     config = choose("dkdv", a)
     blocks = cdiv(_longest(a)[1], config["BLOCK_N"])
+    outputs = (a.k if dk is None else dk, a.v if dv is None else dv)
+    strides, step = _strides(a.q, a.k, a.v, do, *outputs)
     launch(
         ATTENTION_DKDV, (blocks * a.k.shape[1] * _batches(a),),
         *a[:3], a.mask, a.slopes, a.seed, a.cu_q, a.cu_k, a.used_k, do, lse, delta, dk, dv,
-        *_strides(a.q, a.k, a.v, do, a.k if dk is None else dk, a.v if dv is None else dv),
-        *_mask_strides(a.mask),
+        *strides, *_mask_strides(a.mask),
         a.q.shape[1], _group(a), a.q.shape[2], a.k.shape[2], blocks, *_numbers(a),
-        **_constants(a), FOLDED=_folded(a), config=config,
+        **_constants(a), FOLDED=_folded(a), STEP=step, config=config,
     )  # fmt: skip
 
 
@@ -423,11 +436,12 @@ def _launch_dbias(a: Given, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     parts = max(1, min(math.prod(turns), 2 * device.sms // tiles))
     dtype = a.mask.dtype if parts == 1 else torch.float32
     dbias = a.q.new_empty((parts, *a.mask.shape), dtype=dtype)
+    strides, step = _strides(a.q, a.k, a.v, do)
     launch(
         ATTENTION_DBIAS, (tiles, parts),
         *a[:3], a.mask, a.slopes, a.seed, do, lse, delta, dbias,
-        *_strides(a.q, a.k, a.v, do), *_mask_strides(a.mask),
+        *strides, *_mask_strides(a.mask),
         H, _group(a), Sq, Sk, tiles_q, tiles_k, own_heads, *turns, a.mask.numel(), *_numbers(a),
-        **_constants(a), ONE_ROW=one_row, config=config,
+        **_constants(a), ONE_ROW=one_row, STEP=step, config=config,
     )  # fmt: skip
     return dbias[0] if parts == 1 else dbias.sum(0).to(a.mask.dtype)

@@ -77,12 +77,12 @@ def _candidates(longest: int) -> _tuned.Candidates:
     def candidates(dtype: Any, sizes: tuple[int, ...], device: Device) -> list[Config]:
         (cols,) = sizes
         block = power_of_2(cols)
-        # tiles of at most `longest` elements, 8 to 64 of them a thread where there are enough
+        # tiles of at most `longest` elements, 8 to 32 of them a thread where there are enough
         tiles = [
             Config({"ROWS": rows, "BLOCK": block}, warps, 1, "rows")
             for rows in (1, 2, 4, 8, 16)
-            for warps in (1, 2, 4, 8, 16, 32)
-            if rows * block <= longest and (warps == 1 or 8 <= rows * block // (32 * warps) <= 64)
+            for warps in (1, 2, 4, 8, 16)
+            if rows * block <= longest and _shared_out(rows * block, warps)
         ]
         if block < 4096 and tiles:
             return tiles
@@ -90,10 +90,17 @@ def _candidates(longest: int) -> _tuned.Candidates:
             Config({"BLOCK": wide}, warps, 1, "wide")
             for wide in (2048, 4096, 8192)
             for warps in (4, 8, 16)
+            if _shared_out(wide, warps)
         ]
         return tiles + blocks
 
     return candidates
+
+
+def _shared_out(elements: int, warps: int) -> bool:
+    """Whether threads have few enough for registers, and enough to move 16 bytes at a time."""
+    each = elements / (32 * warps)
+    return each <= 32 and (warps == 1 or each >= 8)
 
 
 _tuned.CANDIDATES["layer_norm"] = _candidates(32768)
