@@ -231,7 +231,11 @@ SPEC = Spec(
         (FF.multi_head_attention_forward, F.multi_head_attention_forward),
     ],
     modules=[
-        lambda: (fnn.TransformerEncoderLayer(8, 2, 16), nn.TransformerEncoderLayer(8, 2, 16), torch.randn(4, 3, 8)),
+        lambda: (
+            fnn.TransformerEncoderLayer(8, 2, 16),
+            nn.TransformerEncoderLayer(8, 2, 16),
+            torch.randn(4, 3, 8),
+        ),
     ],
     bench=BENCH,
 )
