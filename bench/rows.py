@@ -72,6 +72,24 @@ def torch_layer_norm(
     return (y, h) if prenorm else y
 
 
+def torch_rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None,
+    *, residual: Tensor | None = None, prenorm: bool = False, weight_offset: float = 0.0,
+    cast: str = "torch",
+) -> Any:  # fmt: skip
+    h = input if residual is None else input + residual
+    if cast == "torch" and not weight_offset:
+        y = F.rms_norm(h, normalized_shape, weight, eps)
+    else:
+        y = F.rms_norm(h.float(), normalized_shape, None, eps)
+        if weight is not None and cast == "llama":
+            y = y.to(h.dtype) * (weight + weight_offset)
+        elif weight is not None:
+            y = y * (weight.float() + weight_offset)
+        y = y.to(h.dtype)
+    return (y, h) if prenorm else y
+
+
 def torch_activation(
     input: Tensor, name: Any, *, dropout_p: float = 0.0, training: bool = True
 ) -> Tensor:
@@ -97,6 +115,7 @@ def torch_rotary(
 TORCH: dict[Any, Form] = {
     FF.linear: torch_linear,
     FF.layer_norm: torch_layer_norm,
+    FF.rms_norm: torch_rms_norm,
     FF.activation: torch_activation,
     FF.dropout: F.dropout,
     FF.apply_rotary_emb: torch_rotary,

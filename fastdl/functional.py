@@ -35,4 +35,5 @@ from .ops.mlp import mlp as mlp
 from .ops.multi_head_attention import (
     multi_head_attention_forward as multi_head_attention_forward,
 )
+from .ops.rmsnorm import rms_norm as rms_norm
 from .ops.rotary import apply_rotary_emb as apply_rotary_emb

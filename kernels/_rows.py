@@ -11,6 +11,19 @@ def load_columns(ptr, cols, n_cols):
 
 
 @triton.jit
+def load_weight(ptr, cols, n_cols, offset):
+    """weight + offset of the columns, as a row."""
+    weight = load_columns(ptr, cols, n_cols)
+    return weight if offset is None else weight + offset
+
+
+@triton.jit
+def rounded(x, cast_ptr):
+    """x rounded to what cast_ptr points to, in fp32. Without it, x."""
+    return x if cast_ptr is None else x.to(cast_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def load_tile(ptr, offsets, mask):
     """Read a tile in fp32. Lanes past the end are 0, so sums need no second mask."""
     return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)

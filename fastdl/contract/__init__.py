@@ -1,6 +1,6 @@
 """What every op must survive: its cases, and the checks that run on all of them."""
 
-from . import activation, attention, layernorm, linear, rotary
+from . import activation, attention, layernorm, linear, rmsnorm, rotary
 from .case import (
     DTYPES as DTYPES,
     BenchCase as BenchCase,
@@ -11,5 +11,12 @@ from .case import (
 
 SPECS: dict[str, Spec] = {
     spec.name: spec
-    for spec in (linear.SPEC, activation.SPEC, layernorm.SPEC, attention.SPEC, rotary.SPEC)
+    for spec in (
+        linear.SPEC,
+        activation.SPEC,
+        layernorm.SPEC,
+        rmsnorm.SPEC,
+        attention.SPEC,
+        rotary.SPEC,
+    )
 }

@@ -27,4 +27,4 @@ from .attention import (
     TransformerEncoderLayer as TransformerEncoderLayer,
 )
 from .linear import MLP as MLP, Linear as Linear
-from .norm import LayerNorm as LayerNorm
+from .norm import LayerNorm as LayerNorm, RMSNorm as RMSNorm

@@ -1,6 +1,5 @@
 """Layer normalization with the residual before it and the modulation after it."""
 
-import functools
 from functools import partial
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _tuned
-from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
+from ._launch import device_of
 from ._op import (
     SPELLINGS,
     LibraryOp,
@@ -21,12 +20,7 @@ from ._op import (
     second_derivative,
 )
 from ._route import Reason
-
-LAYERNORM_FWD = Kernel("layernorm.layernorm_fwd")
-LAYERNORM_BWD = Kernel("layernorm.layernorm_bwd")
-LAYERNORM_WIDE_FWD = Kernel("layernorm_wide.layernorm_wide_fwd")
-LAYERNORM_WIDE_DX = Kernel("layernorm_wide.layernorm_wide_dx")
-LAYERNORM_WIDE_SUMS = Kernel("layernorm_wide.layernorm_wide_sums")
+from ._rows import as_rows, check, choose, launch_backward, launch_forward
 
 
 def definition(
@@ -48,65 +42,6 @@ def definition(
     return y if residual is None else (y, h)
 
 
-def choose(n_cols: int, dtype: torch.dtype, device: Device, backward: bool) -> Config:
-    """Tiles of whole rows while they fit in registers, else ("wide") blocks of columns.
-
-    Backward holds four sums of columns beside its rows, so its rows are shorter. A thread has 16
-    elements.
-    """
-    op = "layer_norm_backward" if backward else "layer_norm"
-    return _tuned.lookup(op, dtype, (n_cols,), device) or _rule(n_cols, device, backward)
-
-
-@functools.lru_cache(maxsize=1024)
-def _rule(n_cols: int, device: Device, backward: bool) -> Config:
-    # in the interpreter a row is soon long, and blocks are small while rows are
-    small = device.backend == "interpreter"
-    if n_cols > (128 if small else 8192 if backward else 32768):
-        block = 64 if small and n_cols < 1024 else 2048 if backward else 8192
-        return Config({"BLOCK": block}, 4 if backward else 16, 1, "wide")
-    block, tile = power_of_2(n_cols), 128 if small else 4096
-    rows = max(1, min(tile // block, 16))
-    warps = min(max(rows * block // 512, 1), 16)
-    return Config({"ROWS": rows, "BLOCK": block}, warps, 1, "rows")
-
-
-def _candidates(longest: int) -> _tuned.Candidates:
-    """What tuning may pick, of rows up to `longest`."""
-
-    def candidates(dtype: Any, sizes: tuple[int, ...], device: Device) -> list[Config]:
-        (cols,) = sizes
-        block = power_of_2(cols)
-        # tiles of at most `longest` elements, 8 to 32 of them a thread where there are enough
-        tiles = [
-            Config({"ROWS": rows, "BLOCK": block}, warps, 1, "rows")
-            for rows in (1, 2, 4, 8, 16)
-            for warps in (1, 2, 4, 8, 16)
-            if rows * block <= longest and _shared_out(rows * block, warps)
-        ]
-        if block < 4096 and tiles:
-            return tiles
-        blocks = [
-            Config({"BLOCK": wide}, warps, 1, "wide")
-            for wide in (2048, 4096, 8192)
-            for warps in (4, 8, 16)
-            if _shared_out(wide, warps)
-        ]
-        return tiles + blocks
-
-    return candidates
-
-
-def _shared_out(elements: int, warps: int) -> bool:
-    """Whether threads have few enough for registers, and enough to move 16 bytes at a time."""
-    each = elements / (32 * warps)
-    return each <= 32 and (warps == 1 or each >= 8)
-
-
-_tuned.CANDIDATES["layer_norm"] = _candidates(32768)
-_tuned.CANDIDATES["layer_norm_backward"] = _candidates(8192)
-
-
 def _like(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, dims: int, eps: float,
@@ -123,36 +58,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y, h, mean, rstd = _like(x, residual, weight, bias, scale, shift, dims, eps)
     groups, scale, shift = _by_group(x, scale, shift, dims)
-    rows = _as_rows(x, dims)
-    n_rows, n_cols = rows.shape
-    config = choose(n_cols, x.dtype, device_of(x), backward=False)
-    group_rows = n_rows // groups
-    tensors = (rows, _dense(residual), _dense(weight), _dense(bias), scale, shift, y)
-    outputs = (None if residual is None else h, mean, rstd)
-    if config.variant == "wide":
-        launch(
-            LAYERNORM_WIDE_FWD, (n_rows,), *tensors, *outputs,
-            rows.stride(0), n_cols, group_rows, eps, config=config,
-        )  # fmt: skip
-    else:
-        parts = cdiv(group_rows, config["ROWS"])
-        launch(
-            LAYERNORM_FWD, (groups * parts,), *tensors, *outputs,
-            rows.stride(0), n_cols, group_rows, parts, eps, config=config,
-        )  # fmt: skip
+    rows = as_rows(x, dims)
+    launch_forward(
+        rows, residual, weight, bias, scale, shift, y, None if residual is None else h, mean, rstd,
+        groups, eps, choose("layer_norm", rows.shape[1], x.dtype, device_of(x)),
+    )  # fmt: skip
     return y, h, mean, rstd
-
-
-def _as_rows(x: Tensor, dims: int) -> Tensor:
-    """x as [rows, columns], columns side by side. Copies only where the layout does not allow a
-    view.
-    """
-    rows = x.reshape(x.shape[: x.dim() - dims].numel(), -1)
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _dense(x: Any) -> Any:
-    return None if x is None else x.contiguous()
 
 
 def _leading(x: Tensor, dims: int, *factors: Tensor | None) -> int:
@@ -221,16 +132,13 @@ def _backward(
 ) -> Gradients:  # fmt: skip
     dx: Any = torch.empty_like(h, memory_format=torch.contiguous_format) if needs[0] else None
     groups, group_scale, _ = _by_group(h, scale, shift, dims)
-    rows = _as_rows(h, dims)
-    config = choose(rows.shape[1], h.dtype, device_of(h), backward=True)
-    run = _launch_wide_backward if config.variant == "wide" else _launch_backward
-    sums = run(
-        _dense(dy), _dense(dh), rows, _dense(weight), _dense(bias), group_scale, mean, rstd,
-        dx, groups, config, any(needs[1:]),
+    rows = as_rows(h, dims)
+    by_group = launch_backward(
+        dy, dh, rows, weight, bias, group_scale, mean, rstd, dx, groups,
+        choose("layer_norm_backward", rows.shape[1], h.dtype, device_of(h)), any(needs[1:]),
     )  # fmt: skip
-    if sums is None:
+    if by_group is None:
         return dx, None, None, None, None  # type: ignore[return-value]
-    by_group = sums.view(sums.shape[0], groups, -1, rows.shape[1]).sum(2)
     lead = _leading(h, dims, scale, shift)
     into = ((0, weight), (1, bias), (2, scale), (1 if scale is None else 3, shift))
     factors: Any = [
@@ -246,53 +154,6 @@ def _into(by_group: Tensor, h: Tensor, lead: int, dims: int, like: Any) -> Tenso
     full = by_group.view(*h.shape[:lead], *(1 for _ in range(n - lead)), *h.shape[n:])
     # a copy: outputs of an op share no memory
     return full.sum_to_size(like.shape).to(like.dtype, copy=True)
-
-
-def _parts(group_rows: int, rows: int, groups: int, device: Device) -> int:
-    """Programs a group: a few for each processor, and one partial sum each."""
-    return max(1, min(cdiv(group_rows, rows), 4 * device.sms // groups))
-
-
-def _launch_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, mean: Tensor, rstd: Tensor, dx: Any, groups: int, config: Config,
-    need_sums: bool,
-) -> Any:  # fmt: skip
-    (n_rows, n_cols), kinds = h.shape, 2 if scale is None else 4
-    group_rows = n_rows // groups
-    parts = _parts(group_rows, config["ROWS"], groups, device_of(h))
-    sums = h.new_empty((kinds, groups * parts, n_cols), dtype=torch.float32) if need_sums else None
-    launch(
-        LAYERNORM_BWD, (groups * parts,),
-        dy, dh, h, weight, bias, scale, mean, rstd, dx, sums,
-        h.stride(0), n_cols, group_rows, parts, config=config,
-    )  # fmt: skip
-    return sums
-
-
-def _launch_wide_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, mean: Tensor, rstd: Tensor, dx: Any, groups: int, config: Config,
-    need_sums: bool,
-) -> Any:  # fmt: skip
-    (n_rows, n_cols), kinds = h.shape, 2 if scale is None else 4
-    group_rows, columns = n_rows // groups, cdiv(n_cols, config["BLOCK"])
-    if dx is not None:
-        launch(
-            LAYERNORM_WIDE_DX, (n_rows,),
-            dy, dh, h, weight, scale, mean, rstd, dx,
-            h.stride(0), n_cols, group_rows, config=config,
-        )  # fmt: skip
-    if not need_sums:
-        return None
-    parts = _parts(group_rows, 1, groups * columns, device_of(h))
-    sums = h.new_empty((kinds, groups * parts, n_cols), dtype=torch.float32)
-    launch(
-        LAYERNORM_WIDE_SUMS, (groups * parts, columns),
-        dy, h, weight, bias, scale, mean, rstd, sums,
-        h.stride(0), n_cols, group_rows, parts, config=config,
-    )  # fmt: skip
-    return sums
 
 
 def _torch_backward(
@@ -364,7 +225,7 @@ def layer_norm(
     """norm(h) * weight + bias of h = input + residual, then * (1 + scale) + shift; with `prenorm`
     also h.
     """
-    _check(input, tuple(normalized_shape), weight, bias)
+    check("layer_norm", input, tuple(normalized_shape), weight=weight, bias=bias)
     input, weight, bias, residual, scale, shift = autocast_to_float32(
         input, weight, bias, residual, scale, shift
     )
@@ -388,29 +249,6 @@ def _modulates(factor: Tensor, input: Tensor) -> bool:
         f not in (1, n) for f, n in zip(factor.shape[::-1], input.shape[::-1], strict=False)
     )
     return factor.dtype == input.dtype and not grown
-
-
-def _check(
-    input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
-) -> None:
-    if not shape or tuple(input.shape[-len(shape) :]) != shape:
-        raise RuntimeError(
-            f"layer_norm: input is {tuple(input.shape)}, normalized_shape is {shape};"
-            " it must be the last dimensions of input"
-        )
-    for name, factor in (("weight", weight), ("bias", bias)):
-        if factor is None:
-            continue
-        if tuple(factor.shape) != shape:
-            raise RuntimeError(
-                f"layer_norm: normalized_shape is {shape}, {name} is {tuple(factor.shape)};"
-                " they must match"
-            )
-        if factor.device != input.device:
-            raise RuntimeError(
-                f"layer_norm: input is on {input.device}, {name} on {factor.device};"
-                " they must match"
-            )
 
 
 def _spell(*, adds: bool, prenorm: bool, scales: bool, shifts: bool, widens: bool) -> Spelling:
