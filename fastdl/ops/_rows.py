@@ -53,7 +53,7 @@ def _candidates(longest: int) -> _tuned.Candidates:
             Config({"ROWS": rows, "BLOCK": block}, warps, 1, "rows")
             for rows in (1, 2, 4, 8, 16)
             for warps in (1, 2, 4, 8, 16)
-            if rows * block <= longest and _shared_out(rows * block, warps)
+            if rows * block <= longest and _shared_out(rows * block, warps, least=rows == 16)
         ]
         if block < 4096 and tiles:
             return tiles
@@ -68,10 +68,12 @@ def _candidates(longest: int) -> _tuned.Candidates:
     return candidates
 
 
-def _shared_out(elements: int, warps: int) -> bool:
-    """Whether threads have few enough for registers, and enough to move 16 bytes at a time."""
+def _shared_out(elements: int, warps: int, least: bool = False) -> bool:
+    """Whether threads have few enough for registers, and enough to move 16 bytes at a time, or at
+    `least` all that there are.
+    """
     each = elements / (32 * warps)
-    return each <= 32 and (warps == 1 or each >= 8)
+    return each <= 32 and (each >= 8 or (least and warps == 1))
 
 
 for _op in ("layer_norm", "rms_norm"):
