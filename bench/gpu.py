@@ -113,7 +113,8 @@ def tune_stage(context: Context) -> Iterator[tuple[str, Work]]:
         says = f"{len(report.rows)} entries in {path.name}, {len(report.skipped)} skipped"
         return {"ok": bool(report.rows), "says": says, "table": table, "skipped": report.skipped}
 
-    ops = ("linear", "attention", "layer_norm", "layer_norm_backward")
+    norms = ("layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward")
+    ops = ("linear", "attention", *norms)
     for number, op in enumerate(ops):
         yield op, partial(work, op, len(ops) - number + 1)
 

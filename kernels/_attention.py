@@ -121,7 +121,7 @@ def mask_rows_of(b, head, query, b_stride, h_stride, q_stride):
     """Where the masks of these rows begin; a mask of keys (q_stride None) has one row a batch."""
     first = tl.cast(b, tl.int64) * b_stride
     if q_stride is not None:
-        first += tl.cast(head, tl.int64) * h_stride + query.to(tl.int64) * q_stride
+        first += tl.cast(head, tl.int64) * h_stride + tl.cast(query, tl.int64) * q_stride
     return first
 
 

@@ -4,6 +4,8 @@ ds = p (dp - delta), dq = scale ds k, dk = scale dsᵀ q, dv = pᵀ do, dbias = 
 Nothing is added up by several programs, so each gradient has the same bits in every run.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -131,10 +133,27 @@ def attention_dq(
     tl.store(dq_ptrs, dq * scale, mask=rows.inside[:, None] & (d < D)[None, :])
 
 
+class Queries(NamedTuple):
+    """The n queries of a head and what backward needs of them: lse and delta from their place on,
+    their masks, and by how much their positions are shifted.
+    """
+
+    q: tl.tensor
+    do: tl.tensor
+    lse_ptr: tl.tensor
+    delta_ptr: tl.tensor
+    place: tl.tensor
+    n: tl.tensor
+    shift: tl.tensor
+    mask_ptr: tl.tensor
+    mask_first: tl.tensor
+    mask_q: tl.tensor
+    slopes: tl.tensor
+
+
 @triton.jit
 def add_dkdv(
-    dk, dv, keys, values, first_key, q, do, lse_ptr, delta_ptr, place, begin, end, shift,
-    mask_ptr, mask_head, mask_q, slopes, scale, softcap, sees, seed_ptr, p_drop, q_len,
+    dk, dv, keys, values, first_key, of, begin, end, scale, softcap, sees, seed_ptr, p_drop,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, FOLDED: tl.constexpr,
     PRECISION: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
@@ -143,24 +162,25 @@ def add_dkdv(
     j = first_key + tl.arange(0, keys.shape[0])
     for start in range(begin, end, BLOCK_M):
         query = start + m
-        inside = query < q_len
-        q_tile = load_rows(q, start, m, inside, D, keys.shape[1], True)
-        do_tile = load_rows(do, start, m, inside, DV, values.shape[1], True)
-        lse, share = load_lse(lse_ptr, place + query, inside)
-        delta = tl.load(delta_ptr + place + query, mask=inside, other=0.0)
+        inside = query < of.n
+        q_tile = load_rows(of.q, start, m, inside, D, keys.shape[1], True)
+        do_tile = load_rows(of.do, start, m, inside, DV, values.shape[1], True)
+        lse, share = load_lse(of.lse_ptr, of.place + query, inside)
+        delta = tl.load(of.delta_ptr + of.place + query, mask=inside, other=0.0)
         # rows past the end see what the last query sees, and have a mask
-        query = tl.minimum(query, q_len - 1)
-        mask_rows = mask_head
-        if mask_q is not None:
-            mask_rows += query.to(tl.int64)[None, :] * mask_q
-        form = form_of(scale, softcap, mask_ptr, mask_rows, slopes, FOLDED)
+        query = tl.minimum(query, of.n - 1)
+        mask_rows = of.mask_first
+        if of.mask_q is not None:
+            mask_rows += query.to(tl.int64)[None, :] * of.mask_q
+        form = form_of(scale, softcap, of.mask_ptr, mask_rows, of.slopes, FOLDED)
         given = load_mask(form, j[:, None], sees.n_k)
         s = tl.dot(keys, q_tile.T, input_precision=PRECISION)
-        i = (query + shift)[None, :]
+        i = (query + of.shift)[None, :]
         p, steep = probabilities(
             s, i, j[:, None], lse[None, :], share[None, :], given, form, sees, CHECK
         )
-        kept = kept_by_dropout(seed_ptr, (place + query)[:, None], first_key, p_drop, keys.shape[0])
+        places = (of.place + query)[:, None]
+        kept = kept_by_dropout(seed_ptr, places, first_key, p_drop, keys.shape[0])
         if seed_ptr is not None:
             kept = kept.T
         dropped = (p * kept).to(do_tile.dtype)
@@ -176,9 +196,8 @@ def attention_dkdv(
     q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, used_k_ptr,
     do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s,
-    dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
-    mask_b, mask_h, mask_q, n_heads, n_group, n_q, n_k, n_blocks,
-    scale, softcap, left, right, p_drop,
+    dk_b, dk_h, dk_s, dv_b, dv_h, dv_s, mask_b, mask_h, mask_q,
+    n_heads, n_group, n_q, n_k, n_blocks, scale, softcap, left, right, p_drop,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     FOLDED: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -192,7 +211,7 @@ def attention_dkdv(
     shift = 0 if cu_q_ptr is None else k_len - q_len
     sees = Sees(k_len, left, right)
     first_key, n = block * BLOCK_N, tl.arange(0, BLOCK_N)
-    inside = first_key + n < k_len
+    inside, last = first_key + n < k_len, tl.minimum(first_key + BLOCK_N, k_len) - 1
     k = source_of(k_ptr, b, kv, k_start, k_b, k_h, k_s, cu_k_ptr, STEP)
     v = source_of(v_ptr, b, kv, k_start, v_b, v_h, v_s, cu_k_ptr, STEP)
     keys = load_rows(k, first_key, n, inside, D, BLOCK_D, True)
@@ -200,57 +219,45 @@ def attention_dkdv(
 
     # a key sees those queries that see it
     begin, full, rest, end = blocks_seen(
-        first_key - shift, tl.minimum(first_key + BLOCK_N, k_len) - 1 - shift, q_len, right, left,
-        BLOCK_M,
-    )  # fmt: skip
+        first_key - shift, last - shift, q_len, right, left, BLOCK_M
+    )
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for head in range(kv * n_group, (kv + 1) * n_group):
-        q = source_of(q_ptr, b, head, q_start, q_b, q_h, q_s, cu_q_ptr, STEP)
-        do = source_of(do_ptr, b, head, q_start, do_b, do_h, do_s, cu_q_ptr, STEP)
-        place = place_of(b, head, q_start, cu_q_ptr, n_heads, n_q)
-        mask_head = tl.cast(b, tl.int64) * mask_b
-        if mask_q is not None:
-            mask_head += tl.cast(head, tl.int64) * mask_h
-        slopes = load_slopes(slopes_ptr, head)
+        of = Queries(
+            source_of(q_ptr, b, head, q_start, q_b, q_h, q_s, cu_q_ptr, STEP),
+            source_of(do_ptr, b, head, q_start, do_b, do_h, do_s, cu_q_ptr, STEP),
+            lse_ptr, delta_ptr, place_of(b, head, q_start, cu_q_ptr, n_heads, n_q), q_len, shift,
+            mask_ptr, mask_rows_of(b, head, 0, mask_b, mask_h, mask_q), mask_q,
+            load_slopes(slopes_ptr, head),
+        )  # fmt: skip
         if right is not None:
             dk, dv = add_dkdv(
-                dk, dv, keys, values, first_key, q, do, lse_ptr, delta_ptr, place, begin, full,
-                shift, mask_ptr, mask_head, mask_q, slopes, scale, softcap, sees, seed_ptr, p_drop,
-                q_len, D, DV, BLOCK_M, FOLDED, PRECISION, True,
+                dk, dv, keys, values, first_key, of, begin, full, scale, softcap, sees, seed_ptr,
+                p_drop, D, DV, BLOCK_M, FOLDED, PRECISION, True,
             )  # fmt: skip
         dk, dv = add_dkdv(
-            dk, dv, keys, values, first_key, q, do, lse_ptr, delta_ptr, place, full,
-            end if left is None else rest,
-            shift, mask_ptr, mask_head, mask_q, slopes, scale, softcap, sees, seed_ptr, p_drop,
-            q_len, D, DV, BLOCK_M, FOLDED, PRECISION, False,
+            dk, dv, keys, values, first_key, of, full, end if left is None else rest, scale,
+            softcap, sees, seed_ptr, p_drop, D, DV, BLOCK_M, FOLDED, PRECISION, False,
         )  # fmt: skip
         if left is not None:
             dk, dv = add_dkdv(
-                dk, dv, keys, values, first_key, q, do, lse_ptr, delta_ptr, place, rest, end,
-                shift, mask_ptr, mask_head, mask_q, slopes, scale, softcap, sees, seed_ptr, p_drop,
-                q_len, D, DV, BLOCK_M, FOLDED, PRECISION, True,
+                dk, dv, keys, values, first_key, of, rest, end, scale, softcap, sees, seed_ptr,
+                p_drop, D, DV, BLOCK_M, FOLDED, PRECISION, True,
             )  # fmt: skip
     if dk_ptr is not None:
-        dk *= scale
-        store_rows(
-            dk_ptr, b, kv, k_start, dk_b, dk_h, dk_s, cu_k_ptr, dk, first_key, k_len, D, STEP
-        )
+        to = source_of(dk_ptr, b, kv, k_start, dk_b, dk_h, dk_s, cu_k_ptr, STEP)
+        store_rows(to, dk * scale, first_key, k_len, D)
     if dv_ptr is not None:
-        store_rows(
-            dv_ptr, b, kv, k_start, dv_b, dv_h, dv_s, cu_k_ptr, dv, first_key, k_len, DV, STEP
-        )
+        to = source_of(dv_ptr, b, kv, k_start, dv_b, dv_h, dv_s, cu_k_ptr, STEP)
+        store_rows(to, dv, first_key, k_len, DV)
 
 
 @triton.jit
-def store_rows(
-    ptr, b, head, start, b_stride, h_stride, s_stride, cu_ptr, tile, first, n,
-    DIM: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Store a tile of a head's rows from `first` on, those below n."""
+def store_rows(to, tile, first, n, DIM: tl.constexpr):
+    """Store a tile as a head's rows from `first` on, those below n."""
     rows, d = first + tl.arange(0, tile.shape[0]), tl.arange(0, tile.shape[1])
-    base = head_of(ptr, b, head, start, b_stride, h_stride, s_stride, cu_ptr, STEP)
-    ptrs = base + (rows.to(tl.int64) * (s_stride * STEP))[:, None] + d[None, :]
+    ptrs = to.ptr + (rows.to(tl.int64) * to.stride)[:, None] + d[None, :]
     tl.store(ptrs, tile, mask=(rows < n)[:, None] & (d < DIM)[None, :])
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import fastdl
 import fastdl.functional as FF
 from fastdl.contract.evaluate import Allocated
+from fastdl.tuned import Device
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -129,6 +130,8 @@ def test_memory_grows_with_the_length(options):
 def products(monkeypatch):
     """How many products of tiles were made."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
+    # the first launch of all patches the interpreter, for good
+    FF.scaled_dot_product_attention(*leaves(*[(1, 1, 4, 16)] * 3))
     count, dot = [0], interpreter.InterpreterBuilder.create_dot
 
     def counted(*args):
@@ -139,7 +142,6 @@ def products(monkeypatch):
 
     def of(S, **options):
         q, k, v = leaves(*[(1, 1, S, 16)] * 3)
-        FF.scaled_dot_product_attention(q, k, v)  # its first launch patches the interpreter
         count[0] = 0
         o = FF.scaled_dot_product_attention(q, k, v, **options)
         gradients(o, (q, k, v))
@@ -291,6 +293,19 @@ def test_a_ptxas_that_miscompiles_leaves_it_to_torch(monkeypatch):
         assert torch.equal(
             FF.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
         )
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("good", [False, True])
+def test_the_ptxas_matters_on_sm_90(arch, good, monkeypatch):
+    """The device of the tensors is asked, and what Dynamo takes for constant."""
+    facts = Device("some", "cuda", arch, sms=132, shared=232448)
+    monkeypatch.setattr("fastdl.ops._toolchain.INTERPRETED", False)
+    monkeypatch.setattr("fastdl.ops._toolchain.gpu_facts", lambda index: facts)
+    monkeypatch.setattr("fastdl.ops._toolchain._is_good", lambda arch: good)
+    is_safe = sys.modules["fastdl.ops.attention"].register_a_is_safe
+    assert is_safe(torch.device("cuda", 1)) == (good or arch != 90)
+    assert is_safe(torch.device("cpu"))
 
 
 def test_the_output_lies_as_the_queries_do(device):

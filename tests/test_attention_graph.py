@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastdl
+from fastdl.contract.evaluate import FORWARD, GRADIENT, compare
 from fastdl.optimize import graph
 
 
@@ -17,7 +18,8 @@ def qkv(dtype=torch.float32):
 
 TRIL = torch.tril(torch.ones(1, 1, 32, 32))
 KEYS = torch.arange(20) < torch.tensor([20, 13])[:, None, None, None]
-BIAS = torch.randn(2, 1, 1, 20)
+BIAS = torch.randn(2, 1, 1, 20).to(torch.bfloat16)  # the same in both dtypes
+BACK = torch.randn(2, 2, 20, 16).to(torch.bfloat16)
 
 
 def nanogpt(q, k, v):
@@ -86,7 +88,7 @@ WRITTEN = [
 
 def run(function, inputs):
     o = function(*inputs)
-    return [o, *torch.autograd.grad(o.float().square().sum(), inputs)]
+    return [o, *torch.autograd.grad(o, inputs, BACK.to(o.dtype).view(o.shape))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,9 +99,10 @@ def test_is_found(written, dtype):
     found = run(compiled, inputs)
     sites = [site for site in graph.last_report() if site.reason is None]
     assert len(sites) == 1 and "attention" in sites[0].op, sites
-    rough = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
-    for a, b in zip(found, run(written, inputs), strict=True):
-        torch.testing.assert_close(a, b, **rough)
+    torchs = run(written, inputs)
+    truth = run(written, [x.detach().double().requires_grad_() for x in inputs])
+    compare(found[:1], torchs[:1], truth[:1], FORWARD).require("output")
+    compare(found[1:], torchs[1:], truth[1:], GRADIENT).require("gradient")
 
 
 def read_twice(q, k, v):

@@ -71,8 +71,8 @@ def learned(
 
 LOW, HALF = torch.float32, torch.float16
 CASES = [
-    Case("halves", "masks of rows and of columns, and halves", call(2, 3, 7, 42), core=True),
-    Case("neighbours", "pairs of neighbours", call(2, 3, 5, 38, interleaved=True), core=True),
+    Case("halves", "masks of rows and of columns, and halves", call(2, 3, 7, 42), core=True, spelled=True),
+    Case("neighbours", "pairs of neighbours", call(2, 3, 5, 38, interleaved=True), core=True, spelled=True),
     Case("learned", "gradients of tables, and of rows taken twice", learned((3, 2, 5, 10), (11, 10), positions=(5,)), core=True),
     Case("learned, whole", "gradients that are summed over what broadcasts", learned((2, 3, 5, 6), (5, 6)), exact=True),
     Case("learned, neighbours", "the transposed turn of neighbours", learned((2, 3, 5, 6), (5, 6), interleaved=True), exact=True),

@@ -52,8 +52,7 @@ def definition(*args: Any) -> Any:
     if a.mask is not None and a.mask.dtype != torch.bool:
         s = s + a.mask
     if a.slopes is not None:
-        i, j = _positions(a)
-        s = s - a.slopes[:, None, None] * (i - j).abs()
+        s = s + _alibi(a.slopes, *_positions(a))
     if seen is not None:
         s = s.masked_fill(~seen, NEVER)
     if a.sinks is not None:
@@ -70,15 +69,15 @@ def _softmax(s: Tensor) -> Tensor:
     return torch.softmax(s.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
 
 
-def _places(a: Given) -> tuple[Tensor, Tensor]:
+def _places(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Of queries, as a column, and of keys, in their tensors."""
-    i, j = (torch.arange(x.shape[2], device=x.device) for x in (a.q, a.k))
+    i, j = (torch.arange(x.shape[2], device=x.device) for x in (q, k))
     return i[:, None], j
 
 
 def _positions(a: Given) -> tuple[Tensor, Tensor]:
     """Places counted from the beginning of a sequence. Packed sequences end together."""
-    i, j = _places(a)
+    i, j = _places(a.q, a.k)
     if a.cu_q is None or a.cu_k is None:
         return i, j
     of_i, of_j = _sequence_of(a.cu_q, i), _sequence_of(a.cu_k, j)
@@ -88,18 +87,21 @@ def _positions(a: Given) -> tuple[Tensor, Tensor]:
 
 def _seen(a: Given) -> Tensor | None:
     """Whether a query sees a key, [batch, head, query, key] or what broadcasts to it; None: all."""
-    limits = []
-    if a.cu_q is not None and a.cu_k is not None:
-        of_i, of_j = map(_sequence_of, (a.cu_q, a.cu_k), _places(a))
-        # beyond the last sequence there are none
-        limits.append((of_i == of_j) & (_positions(a)[1] < _lengths(a.cu_k, a.used_k)[of_j]))
-    if a.left >= 0:
-        limits.append(_positions(a)[1] >= _positions(a)[0] - a.left)
-    if a.right >= 0:
-        limits.append(_positions(a)[1] <= _positions(a)[0] + a.right)
-    if a.mask is not None and a.mask.dtype == torch.bool:
-        limits.append(a.mask)
+    limits = [a.mask] if a.mask is not None and a.mask.dtype == torch.bool else []
+    if a.cu_q is not None or a.left >= 0 or a.right >= 0:
+        i, j = _positions(a)
+        limits += [j >= i - a.left] if a.left >= 0 else []
+        limits += [j <= i + a.right] if a.right >= 0 else []
+        if a.cu_q is not None and a.cu_k is not None:
+            of_i, of_j = map(_sequence_of, (a.cu_q, a.cu_k), _places(a.q, a.k))
+            # beyond the last sequence there are none
+            limits.append((of_i == of_j) & (j < _lengths(a.cu_k, a.used_k)[of_j]))
     return functools.reduce(torch.logical_and, limits) if limits else None
+
+
+def _alibi(slopes: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """What ALiBi adds to logits."""
+    return -slopes[:, None, None] * (i - j).abs()
 
 
 def _sequence_of(cu: Tensor, place: Tensor) -> Tensor:
@@ -366,10 +368,10 @@ def _mask_for(mask: Tensor | None, query: Tensor, q: Tensor, k: Tensor) -> Tenso
 
 def _with_alibi(mask: Tensor | None, slopes: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """Slopes that learn, as a bias: the kernels give it a gradient."""
-    i = torch.arange(q.shape[-2], device=q.device)[:, None]
-    bias = -slopes[:, None, None] * (i - torch.arange(k.shape[-2], device=q.device)).abs()
+    i, j = _places(q, k)
+    bias = _alibi(slopes, i, j)[None]
     if mask is None:
-        return bias[None]
+        return bias
     return bias.masked_fill(~mask, NEVER) if mask.dtype == torch.bool else bias + mask
 
 

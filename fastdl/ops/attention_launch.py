@@ -280,12 +280,13 @@ def _new_rows(like: Tensor, columns: int, packed: bool) -> Tensor:
     return like.new_zeros(shape) if packed else like.new_empty(shape)
 
 
-def like(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    packed = rest[Given._fields.index("cu_q") - 3] is not None
-    o, shape = _new_rows(q, v.shape[3], packed), q.shape[:3]
+def like(*args: Any) -> tuple[Tensor, Tensor]:
+    a = Given(*args)
+    packed = a.cu_q is not None
+    o, shape = _new_rows(a.q, a.v.shape[3], packed), a.q.shape[:3]
     if packed:
-        return o, q.new_full(shape, NEVER, dtype=torch.float32)
-    return o, q.new_empty(shape, dtype=torch.float32)
+        return o, a.q.new_full(shape, NEVER, dtype=torch.float32)
+    return o, a.q.new_empty(shape, dtype=torch.float32)
 
 
 def forward(
@@ -373,11 +374,11 @@ def backward(
     if dk is not None or dv is not None:
         _launch_dkdv(a, do, lse, delta, dk, dv)
     if dmask is not None:
-        dmask = _launch_dbias(a, do, lse, delta)
+        _launch_dbias(a, do, lse, delta, dmask)
     if sinks is not None and dsinks is not None:
         # a sink has no value, so its dp is 0
         weight = torch.exp2(sinks.float()[:, None] / LN2 - lse).masked_fill(lse == NEVER, 0.0)
-        dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
+        dsinks.copy_(-(weight * delta).sum((0, 2)))
     return dq, dk, dv, dmask, dsinks
 
 
@@ -422,11 +423,10 @@ def _launch_dkdv(a: Given, do: Tensor, lse: Tensor, delta: Tensor, dk: Any, dv: 
     )  # fmt: skip
 
 
-def _launch_dbias(a: Given, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """The gradient of the bias, of its own shape."""
-    assert a.mask is not None
+def _launch_dbias(a: Given, do: Tensor, lse: Tensor, delta: Tensor, dbias: Tensor) -> None:
+    """Tiles of the bias, and where they are few, parts of what each of them stands for."""
     (B, H, Sq), device = a.q.shape[:3], device_of(do)
-    own_batches, own_heads, own_queries, Sk = a.mask.shape
+    own_batches, own_heads, own_queries, Sk = dbias.shape
     config = choose("dbias", a)
     all_q, tiles_k = cdiv(Sq, config["BLOCK_M"]), cdiv(Sk, config["BLOCK_N"])
     one_row = own_queries == 1
@@ -434,14 +434,14 @@ def _launch_dbias(a: Given, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     tiles_q = 1 if one_row else all_q
     tiles = tiles_k * tiles_q * own_heads * own_batches
     parts = max(1, min(math.prod(turns), 2 * device.sms // tiles))
-    dtype = a.mask.dtype if parts == 1 else torch.float32
-    dbias = a.q.new_empty((parts, *a.mask.shape), dtype=dtype)
+    sums = dbias if parts == 1 else dbias.new_empty((parts, *dbias.shape), dtype=torch.float32)
     strides, step = _strides(a.q, a.k, a.v, do)
     launch(
         ATTENTION_DBIAS, (tiles, parts),
-        *a[:3], a.mask, a.slopes, a.seed, do, lse, delta, dbias,
+        *a[:3], a.mask, a.slopes, a.seed, do, lse, delta, sums,
         *strides, *_mask_strides(a.mask),
-        H, _group(a), Sq, Sk, tiles_q, tiles_k, own_heads, *turns, a.mask.numel(), *_numbers(a),
+        H, _group(a), Sq, Sk, tiles_q, tiles_k, own_heads, *turns, dbias.numel(), *_numbers(a),
         **_constants(a), ONE_ROW=one_row, STEP=step, config=config,
     )  # fmt: skip
-    return dbias[0] if parts == 1 else dbias.sum(0).to(a.mask.dtype)
+    if parts > 1:
+        dbias.copy_(sums.sum(0))

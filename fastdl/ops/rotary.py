@@ -14,6 +14,7 @@ from ._op import (
     Op,
     Spelling,
     differentiating,
+    gradients,
     second_derivative,
 )
 
@@ -173,47 +174,40 @@ def _backward(
     dy: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None,
     interleaved: bool, strides: list[int], needs: list[bool],
 ) -> Gradients:  # fmt: skip
-    dx: Any = None
+    dx, *tables = _like_backward(dy, x, cos, sin, positions, interleaved, strides, needs)
     if needs[0]:
-        dx = dy.new_empty_strided(dy.shape, strides)
         _turn(dy, dx, cos, sin, positions, interleaved, transposed=True)
-    return dx, *_of_tables(dy, x, cos, sin, positions, interleaved, needs)
+    if any(needs[1:]):  # tables are seldom learned
+        found = _in_torch(dy, x, cos, sin, positions, interleaved, [False, *needs[1:]])[1:]
+        tables = [
+            new if new is None else new.copy_(g) for new, g in zip(tables, found, strict=True)
+        ]
+    return dx, *tables  # type: ignore[return-value]
 
 
-def _of_tables(
+def _in_torch(
     dy: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None,
     interleaved: bool, needs: list[bool],
-) -> Any:  # fmt: skip
-    """Gradients of cos and sin, in torch: tables are seldom learned."""
-    dcos = dsin = None
-    if x is not None and needs[1]:
-        dcos = _into(cos, dy.float() * x.float(), positions)
-    if x is not None and needs[2]:
-        dsin = _into(sin, dy.float() * _rotate(x, interleaved).float(), positions)
-    return dcos, dsin
+) -> list[Any]:  # fmt: skip
+    x = _stand_in(dy) if x is None else x
+    args = (x, cos, sin, positions, interleaved)
+    return gradients(definition, args, dy, [*needs, False, False])[:3]
 
 
-def _into(table: Tensor, product: Tensor, positions: Tensor | None) -> Tensor:
-    """Sums over what shares a row of the table."""
-    if positions is None:
-        return product.sum_to_size(table.shape).to(table.dtype).contiguous()
-    at = _beside(positions, product)
-    rows = product.sum_to_size((*at.shape, product.shape[-1]))
-    sums = product.new_zeros(table.shape).index_put_((at,), rows, accumulate=True)
-    return sums.to(table.dtype)
+def _stand_in(dy: Tensor) -> Tensor:
+    """For x, which is not kept where tables need no gradient: then only its shape matters."""
+    return dy.new_zeros((), requires_grad=True).expand(dy.shape)
 
 
 def _torch_backward(
     dy: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None,
     interleaved: bool, strides: list[int], needs: list[bool],
 ) -> Gradients:  # fmt: skip
-    dx: Any = None
-    if needs[0]:
-        at = ... if positions is None else _beside(positions, dy)
-        # the transposed rotation is the opposite one
-        turned = dy * cos[at] - _rotate(dy * sin[at], interleaved)
-        dx = dy.new_empty_strided(dy.shape, strides).copy_(turned)
-    return dx, *_of_tables(dy, x, cos, sin, positions, interleaved, needs)
+    made = _like_backward(dy, x, cos, sin, positions, interleaved, strides, needs)
+    found = _in_torch(dy, x, cos, sin, positions, interleaved, needs)
+    return tuple(  # type: ignore[return-value]
+        None if new is None else new.copy_(grad) for new, grad in zip(made, found, strict=True)
+    )
 
 
 FORWARD = LibraryOp("rotary", _forward, like=_like, torch_form=_torch_forward)
@@ -236,9 +230,7 @@ class RotaryFunction(torch.autograd.Function):
         x, *tables = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         if differentiating():
-            if x is None:  # where tables need no gradient, only its shape matters
-                x = dy.new_zeros(()).expand(dy.shape).requires_grad_()
-            args = (x, *tables, ctx.interleaved)
+            args = (_stand_in(dy) if x is None else x, *tables, ctx.interleaved)
             grads: Any = second_derivative("rotary", definition, args, dy, needs)[:3]
         else:
             grads = BACKWARD.overload(dy, x, *tables, ctx.interleaved, ctx.strides, needs)

@@ -29,13 +29,13 @@ def _few(spec: Specialisation, facts: Facts, target: Target) -> bool:
     return facts.spills <= 8 and facts.registers < 255
 
 
-def _always(spec: Specialisation, facts: Facts, target: Target) -> bool:
-    return True
+def _reads_wide(spec: Specialisation, facts: Facts, target: Target) -> bool:
+    return bool(facts.counts.get("loads16"))
 
 
 EXCUSES = [
     Excuse(None, "spill", _few, "ptxas keeps registers free for one more program"),
-    Excuse("attention_delta", "narrow", _always, "it stores one number a row"),
+    Excuse("attention_delta", "narrow", _reads_wide, "it stores one number a row"),
 ]
 
 

@@ -99,7 +99,7 @@ def tune(
 ) -> Report:
     """Find the fastest configurations for `shapes` and write them to the user's table, or `path`.
 
-    Shapes are (M, N, K) for "linear", (columns,) for "layer_norm" and "layer_norm_backward", and
+    Shapes are (M, N, K) for "linear", (columns,) for norms and their backward passes, and
     (rows, columns) for "attention": queries of the heads that share keys, and columns of a head.
     Where torch is faster at a product or a norm, the table says so, and the op runs in torch.
     """
@@ -297,39 +297,47 @@ def _linear(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
     )  # fmt: skip
 
 
-def _layer_norm(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
-    x, w, b = _norm_inputs(dtype, sizes, device)
+def _norm(
+    op: str, factors: int, dtype: torch.dtype, sizes: tuple[int, ...], device: str
+) -> Problem:
+    """A norm with so many factors: a weight, and a bias."""
+    x, *rest = _norm_inputs(factors, dtype, sizes, device)
+    fused, torchs = getattr(FF, op), getattr(F, op)
     return Problem(
-        "layer_norm", dtype, sizes,
-        lambda: FF.layer_norm(x, sizes, w, b),
-        lambda: F.layer_norm(x, sizes, w, b),
-        lambda: F.layer_norm(x.double(), sizes, w.double(), b.double()),
+        op, dtype, sizes,
+        lambda: fused(x, sizes, *rest),
+        lambda: torchs(x, sizes, *rest),
+        lambda: torchs(x.double(), sizes, *(t.double() for t in rest)),
     )  # fmt: skip
 
 
-def _layer_norm_backward(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
-    inputs = _norm_inputs(dtype, sizes, device)
+def _norm_backward(
+    op: str, factors: int, dtype: torch.dtype, sizes: tuple[int, ...], device: str
+) -> Problem:
+    inputs = _norm_inputs(factors, dtype, sizes, device)
     dy = torch.randn_like(inputs[0])
 
-    def gradients(norm: Callable[..., Tensor], wide: bool = False) -> Call:
+    def gradients(home: Any, wide: bool = False) -> Call:
         leaves = [t.double() if wide else t for t in inputs]
         leaves = [t.detach().requires_grad_() for t in leaves]
-        with torch.enable_grad(), policy("fused" if norm is FF.layer_norm else "auto"):
-            y = norm(leaves[0], sizes, *leaves[1:])
+        with torch.enable_grad(), policy("fused" if home is FF else "auto"):
+            y = getattr(home, op)(leaves[0], sizes, *leaves[1:])
         return lambda: torch.autograd.grad(y, leaves, dy.to(y.dtype), retain_graph=True)
 
     return Problem(
-        "layer_norm_backward", dtype, sizes,
-        gradients(FF.layer_norm), gradients(F.layer_norm), gradients(F.layer_norm, wide=True),
+        f"{op}_backward", dtype, sizes,
+        gradients(FF), gradients(F), gradients(F, wide=True),
         replaceable=False,
     )  # fmt: skip
 
 
-def _norm_inputs(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> list[Tensor]:
+def _norm_inputs(
+    factors: int, dtype: torch.dtype, sizes: tuple[int, ...], device: str
+) -> list[Tensor]:
     (cols,) = sizes
     # beyond the L2 of any GPU, and a few rows even where they are few
     rows = max((1 << 26) // cols, 64) if device == "cuda" else 5
-    shapes = ((rows, cols), (cols,), (cols,))
+    shapes = ((rows, cols), *[(cols,)] * factors)
     return [_normal(*shape, dtype=dtype, device=device) for shape in shapes]
 
 
@@ -404,8 +412,10 @@ def _normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
 
 PROBLEMS: dict[str, Callable[[torch.dtype, tuple[int, ...], str], Problem]] = {
     "linear": _linear,
-    "layer_norm": _layer_norm,
-    "layer_norm_backward": _layer_norm_backward,
+    "layer_norm": functools.partial(_norm, "layer_norm", 2),
+    "layer_norm_backward": functools.partial(_norm_backward, "layer_norm", 2),
+    "rms_norm": functools.partial(_norm, "rms_norm", 1),
+    "rms_norm_backward": functools.partial(_norm_backward, "rms_norm", 1),
     "attention": _attention,
     "attention_dq": functools.partial(_attention_backward, "attention_dq", slice(0, 1)),
     "attention_dkdv": functools.partial(_attention_backward, "attention_dkdv", slice(1, 3)),
@@ -422,6 +432,8 @@ DEFAULTS: dict[str, list[tuple[int, ...]]] = {
     "linear": [(m, *sizes) for m in (16, 8192) for sizes in _PROJECTIONS],
     "layer_norm": _WIDTHS,
     "layer_norm_backward": _WIDTHS,
+    "rms_norm": _WIDTHS,
+    "rms_norm_backward": _WIDTHS,
     "attention": [(1, 128), (4, 128), (8, 128), (MANY, 64), (MANY, 128)],
     "attention_dq": [(MANY, 64), (MANY, 128)],
     "attention_dkdv": [(MANY, 64), (MANY, 128)],
