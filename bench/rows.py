@@ -8,13 +8,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import fastdl
-import fastdl.functional as FF
-from bench.attention import attention_rivals, torch_attention, torch_varlen, varlen_rivals
 from bench.error import error
+from bench.forms import RIVALS, TORCH
 from bench.interleave import Stats, interleave, summarize
 from bench.machine import Host, OnSet, as_tuple
 from fastdl.contract import BenchCase, Maker
@@ -23,16 +20,8 @@ from fastdl.contract.evaluate import cotangents, floats
 # One graph is at least this long, and has at most so many calls.
 GRAPH_US, MOST_CALLS, MOST_SETS, CALLS_FROM_PYTHON = 1000.0, 512, 64, 50
 
-# Flops and bytes of forward and backward together, over those of forward alone. Forward reads one
-# tensor and writes one; backward reads two and writes one.
-BOTH = (3.0, 2.5)
-# Two products forward and five backward; four tensors are read or written, and then eight.
-BOTH_OF_ATTENTION = (3.5, 3.0)
-
 # Rivals may round otherwise than torch's plain form: relative distance of outputs and gradients.
 ALIKE, OFF = 0.02, "off by"
-
-Form = Callable[..., Any]
 
 
 class Ceilings(NamedTuple):
@@ -40,111 +29,6 @@ class Ceilings(NamedTuple):
 
     copy: float
     matmul: dict[str, float]
-
-
-def activated(y: Tensor, activation: Any, dropout_p: float = 0.0, training: bool = True) -> Tensor:
-    name, *parameters = activation if isinstance(activation, tuple) else (activation,)
-    if name == "gelu_tanh":
-        y = F.gelu(y, approximate="tanh")
-    elif name is not None:
-        y = getattr(F, name)(y, *parameters)
-    return F.dropout(y, dropout_p, training) if dropout_p else y
-
-
-def torch_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
-    activation: Any = None, residual: Tensor | None = None, dropout_p: float = 0.0,
-    training: bool = True,
-) -> Tensor:  # fmt: skip
-    y = activated(F.linear(input, weight, bias), activation, dropout_p, training)
-    return y if residual is None else y + residual
-
-
-def torch_layer_norm(
-    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
-    eps: float = 1e-5, *, residual: Tensor | None = None, prenorm: bool = False,
-    scale: Tensor | None = None, shift: Tensor | None = None,
-) -> Any:  # fmt: skip
-    h = input if residual is None else input + residual
-    y = F.layer_norm(h, normalized_shape, weight, bias, eps)
-    y = y if scale is None else y * (1 + scale)
-    y = y if shift is None else y + shift
-    return (y, h) if prenorm else y
-
-
-def torch_rms_norm(
-    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None,
-    *, residual: Tensor | None = None, prenorm: bool = False, weight_offset: float = 0.0,
-    cast: str = "torch",
-) -> Any:  # fmt: skip
-    h = input if residual is None else input + residual
-    if cast == "torch" and not weight_offset:
-        y = F.rms_norm(h, normalized_shape, weight, eps)
-    else:
-        y = F.rms_norm(h.float(), normalized_shape, None, eps)
-        if weight is not None and cast == "llama":
-            y = y.to(h.dtype) * (weight + weight_offset)
-        elif weight is not None:
-            y = y * (weight.float() + weight_offset)
-        y = y.to(h.dtype)
-    return (y, h) if prenorm else y
-
-
-def torch_activation(
-    input: Tensor, name: Any, *, dropout_p: float = 0.0, training: bool = True
-) -> Tensor:
-    return activated(input, name, dropout_p, training)
-
-
-def torch_rotary(
-    x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False,
-    positions: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    if positions is not None:
-        cos, sin = cos[positions], sin[positions]
-        cos, sin = (t.unsqueeze(1) if t.dim() == x.dim() - 1 else t for t in (cos, sin))
-    if interleaved:
-        rotated = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    else:
-        x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
-        rotated = torch.cat((-x2, x1), dim=-1)
-    return (x * cos + rotated * sin).to(x.dtype)
-
-
-# What a user writes without us.
-TORCH: dict[Any, Form] = {
-    FF.linear: torch_linear,
-    FF.layer_norm: torch_layer_norm,
-    FF.rms_norm: torch_rms_norm,
-    FF.activation: torch_activation,
-    FF.dropout: F.dropout,
-    FF.apply_rotary_emb: torch_rotary,
-    FF.scaled_dot_product_attention: torch_attention,
-    FF.varlen_attn: torch_varlen,
-}
-
-
-def linear_rivals(call: "partial[Any]", compiled: bool) -> dict[str, Form]:
-    """A single call of torch that does more of it than what users write: for inference."""
-    options = call.keywords
-    act = options.get("activation")
-    extras = options.keys() - {"activation"}
-    if extras or len(call.args) < 3 or call.args[2] is None or call.args[0].requires_grad:
-        return {}
-    if act not in ("relu", "gelu_tanh"):
-        return {}
-    gelu = act == "gelu_tanh"
-    return {
-        "addmm": lambda x, w, b, activation: torch._addmm_activation(b, x, w.t(), use_gelu=gelu)
-    }
-
-
-# What else torch has, by name, for calls like the one given.
-RIVALS: dict[Any, Callable[["partial[Any]", bool], dict[str, Form]]] = {
-    FF.linear: linear_rivals,
-    FF.scaled_dot_product_attention: attention_rivals,
-    FF.varlen_attn: varlen_rivals,
-}
 
 
 class Prepared(NamedTuple):
@@ -223,14 +107,6 @@ def _both(form: Callable[..., Any], calls: list["partial[Any]"], makers: list[Ma
     return call
 
 
-def work(case: BenchCase, call: "partial[Any]") -> tuple[float, float]:
-    """Flops and bytes, of both passes where both are timed."""
-    if not case.backward:
-        return case.flops, case.bytes
-    flops, moved = BOTH_OF_ATTENTION if call.func is FF.scaled_dot_product_attention else BOTH
-    return case.flops * flops, case.bytes * moved
-
-
 def measure(
     case: BenchCase, machine: Host, ceilings: Ceilings, *, compiled: bool = True,
     rounds: int = 21, warm_s: float = 0.2,
@@ -245,7 +121,7 @@ def measure(
         launched = fastdl.explain(prepared.first).launches
         times, calls, no_graph = _times(prepared, machine, rounds, warm_s)
         peaks = {n: machine.peak_bytes(partial(c, 0)) for n, c in prepared.calls.items()}
-    flops, moved = work(case, prepared.first)
+    flops, moved = case.flops, case.bytes
     row = {
         "ok": True, "dtype": str(case.dtype).removeprefix("torch."), "backward": case.backward,
         "bytes": moved, "flops": flops, "error": vars(wrong), "launches": [*map(str, launched)],

@@ -94,7 +94,7 @@ SPEC = Spec(
     modules=[module(name) for name in CLASSES.split()],
     bench=[
         BenchCase("64M gelu", call(N, name="gelu"), 4 * N, 0),
-        BenchCase("64M gelu backward", call(N, name="gelu"), 4 * N, 0, backward=True),
+        BenchCase("64M gelu backward", call(N, name="gelu"), 10 * N, 0, backward=True),
         BenchCase("64M dropout", call(N, op=FF.dropout, p=0.1), 4 * N, 0),
     ],
 )

@@ -188,6 +188,9 @@ def bench(
         moved += dtype.itemsize * torch.Size(options["bias"]).numel()
     make = call(B, H, Sq, D, kv=kv, Sk=S, **options)
     flops = int(4 * B * H * Sq * S * D * seen)
+    if backward:
+        # five products after two; q, k, v, o and do are read, dq, dk and dv written
+        moved, flops = 3 * moved, flops * 7 // 2
     label = f"{name} {B}x{H}x{S}x{D}{' backward' if backward else ''}"
     return BenchCase(label, make, moved, flops, dtype, backward)
 

@@ -97,7 +97,10 @@ class Case:
 
 @dataclass(frozen=True)
 class BenchCase:
-    """One row of the benchmark, with the bytes and flops that the forward pass cannot do without."""
+    """One row of the benchmark, with the bytes and flops that cannot be done without.
+
+    `backward` times both passes; bytes and flops are of both, then.
+    """
 
     name: str
     make: "Callable[[Maker], partial[Any]]"
@@ -132,6 +135,8 @@ class Spec:
     # (ours, torch's) modules in the same state
     modules: Sequence[Callable[[], tuple[nn.Module, nn.Module, Tensor]]] = ()
     bench: Sequence[BenchCase] = ()
+    # Kernels read every input of these once and write every output once: the bytes are counted.
+    one_pass: Sequence[Case] = ()
 
     @property
     def core(self) -> list[Case]:

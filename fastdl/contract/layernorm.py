@@ -80,6 +80,8 @@ def bench(rows: int, cols: int, backward: bool = False, **options: Any) -> Bench
     tensors = 4 if options.get("residual") else 2
     name = f"{rows}x{cols}{' residual' if tensors == 4 else ''}{' backward' if backward else ''}"
     make = call((rows,), (cols,), prenorm=tensors == 4, **options)
+    if backward:
+        tensors += 3  # backward reads two and writes one
     return BenchCase(name, make, 2 * tensors * rows * cols, 0, backward=backward)
 
 

@@ -112,7 +112,11 @@ def cost(m: int, n: int, k: int, residual: bool = False) -> tuple[int, int]:
 def bench(m: int, n: int, k: int, backward: bool = False, **options: Any) -> BenchCase:
     act = options.get("activation") or "none"
     name = f"{m}x{n}x{k} {act}{' backward' if backward else ''}"
-    return BenchCase(name, call((m,), n, k, **options), *cost(m, n, k), backward=backward)
+    bytes, flops = cost(m, n, k)
+    if backward:
+        # two products of the same size; x, dy, z and the weight read, dz written and read twice
+        bytes, flops = bytes + 2 * (2 * m * k + 2 * n * k + 5 * m * n), 3 * flops
+    return BenchCase(name, call((m,), n, k, **options), bytes, flops, backward=backward)
 
 
 SPEC = Spec(

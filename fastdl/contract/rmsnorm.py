@@ -77,6 +77,8 @@ def bench(rows: int, cols: int, backward: bool = False, **options: Any) -> Bench
     words = [f"{rows}x{cols}", options.get("cast", ""), "residual" if tensors == 4 else ""]
     name = " ".join(word for word in (*words, "backward" if backward else "") if word)
     make = call((rows,), (cols,), prenorm=tensors == 4, **options)
+    if backward:
+        tensors += 3  # backward reads two and writes one
     return BenchCase(name, make, 2 * tensors * rows * cols, 0, backward=backward)
 
 

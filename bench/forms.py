@@ -1,0 +1,119 @@
+"""What users write without us, and what else torch has for it: the contenders of the timings."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastdl.functional as FF
+from bench.attention import attention_rivals, torch_attention, torch_varlen, varlen_rivals
+
+Form = Callable[..., Any]
+
+
+def activated(y: Tensor, activation: Any, dropout_p: float = 0.0, training: bool = True) -> Tensor:
+    name, *parameters = activation if isinstance(activation, tuple) else (activation,)
+    if name == "gelu_tanh":
+        y = F.gelu(y, approximate="tanh")
+    elif name is not None:
+        y = getattr(F, name)(y, *parameters)
+    return F.dropout(y, dropout_p, training) if dropout_p else y
+
+
+def torch_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    activation: Any = None, residual: Tensor | None = None, dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:  # fmt: skip
+    y = activated(F.linear(input, weight, bias), activation, dropout_p, training)
+    return y if residual is None else y + residual
+
+
+def torch_layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, *, residual: Tensor | None = None, prenorm: bool = False,
+    scale: Tensor | None = None, shift: Tensor | None = None,
+) -> Any:  # fmt: skip
+    h = input if residual is None else input + residual
+    y = F.layer_norm(h, normalized_shape, weight, bias, eps)
+    y = y if scale is None else y * (1 + scale)
+    y = y if shift is None else y + shift
+    return (y, h) if prenorm else y
+
+
+def torch_rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None,
+    *, residual: Tensor | None = None, prenorm: bool = False, weight_offset: float = 0.0,
+    cast: str = "torch",
+) -> Any:  # fmt: skip
+    h = input if residual is None else input + residual
+    if cast == "torch" and not weight_offset:
+        y = F.rms_norm(h, normalized_shape, weight, eps)
+    else:
+        y = F.rms_norm(h.float(), normalized_shape, None, eps)
+        if weight is not None and cast == "llama":
+            y = y.to(h.dtype) * (weight + weight_offset)
+        elif weight is not None:
+            y = y * (weight.float() + weight_offset)
+        y = y.to(h.dtype)
+    return (y, h) if prenorm else y
+
+
+def torch_activation(
+    input: Tensor, name: Any, *, dropout_p: float = 0.0, training: bool = True
+) -> Tensor:
+    return activated(input, name, dropout_p, training)
+
+
+def torch_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False,
+    positions: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+        cos, sin = (t.unsqueeze(1) if t.dim() == x.dim() - 1 else t for t in (cos, sin))
+    if interleaved:
+        rotated = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    else:
+        x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+        rotated = torch.cat((-x2, x1), dim=-1)
+    return (x * cos + rotated * sin).to(x.dtype)
+
+
+# What a user writes without us.
+TORCH: dict[Any, Form] = {
+    FF.linear: torch_linear,
+    FF.layer_norm: torch_layer_norm,
+    FF.rms_norm: torch_rms_norm,
+    FF.activation: torch_activation,
+    FF.dropout: F.dropout,
+    FF.apply_rotary_emb: torch_rotary,
+    FF.scaled_dot_product_attention: torch_attention,
+    FF.varlen_attn: torch_varlen,
+}
+
+
+def linear_rivals(call: "partial[Any]", compiled: bool) -> dict[str, Form]:
+    """A single call of torch that does more of it than what users write: for inference."""
+    options = call.keywords
+    act = options.get("activation")
+    extras = options.keys() - {"activation"}
+    if extras or len(call.args) < 3 or call.args[2] is None or call.args[0].requires_grad:
+        return {}
+    if act not in ("relu", "gelu_tanh"):
+        return {}
+    gelu = act == "gelu_tanh"
+    return {
+        "addmm": lambda x, w, b, activation: torch._addmm_activation(b, x, w.t(), use_gelu=gelu)
+    }
+
+
+# What else torch has, by name, for calls like the one given.
+RIVALS: dict[Any, Callable[["partial[Any]", bool], dict[str, Form]]] = {
+    FF.linear: linear_rivals,
+    FF.scaled_dot_product_attention: attention_rivals,
+    FF.varlen_attn: varlen_rivals,
+}
