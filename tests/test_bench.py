@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from bench import error as error_module, exact_attention as exact_module, gpu, rows
+from bench import error as error_module, exact_attention as exact_module, forms, gpu, rows
 from bench.attention import flex_form
 from bench.exact import Exact, check_exact, exact_cases, integers
 from bench.exact_attention import (
@@ -117,8 +117,8 @@ def test_the_rival_of_linear_is_torchs_single_call():
     assert row["graph"]["contenders"].keys() == {"torch", "fused", "addmm"}
     x, w, b = torch.randn(5, 16), torch.randn(8, 16), torch.randn(8)
     call = partial(FF.linear, x, w, b, activation="relu")
-    torch.testing.assert_close(rows.linear_rivals(call, False)["addmm"](x, w, b, "relu"), call())
-    assert not rows.linear_rivals(partial(call, x.requires_grad_(), w, b), False)
+    torch.testing.assert_close(forms.linear_rivals(call, False)["addmm"](x, w, b, "relu"), call())
+    assert not forms.linear_rivals(partial(call, x.requires_grad_(), w, b), False)
 
 
 FORMS = {
@@ -145,7 +145,7 @@ def test_what_torch_has_for_attention_is_attention(form):
     with fastdl.policy("definition"):
         want = made()
     options = made.keywords
-    torch.testing.assert_close(rows.torch_attention(*made.args, **options), want)
+    torch.testing.assert_close(forms.torch_attention(*made.args, **options), want)
     if "sinks" not in options:
         flex = flex_form(made, flex_attention)
         torch.testing.assert_close(flex(*made.args, **options), want)
@@ -156,7 +156,7 @@ def test_what_torch_has_for_packed_attention_is_attention():
         made = make(rows.Maker(torch.float64, grad=False))
         with fastdl.policy("definition"):
             want = made()
-        torch.testing.assert_close(rows.torch_varlen(*made.args, **made.keywords), want)
+        torch.testing.assert_close(forms.torch_varlen(*made.args, **made.keywords), want)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both passes"])
