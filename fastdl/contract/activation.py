@@ -92,6 +92,11 @@ SPEC = Spec(
         (FF.logsigmoid, lambda input: None),
     ],
     modules=[module(name) for name in CLASSES.split()],
+    one_pass=[
+        Case("gelu", "bytes", call(65, 257, name="gelu")),
+        Case("relu", "bytes", call(65, 257, name="relu")),
+        Case("dropout", "bytes", call(65, 257, op=FF.dropout, p=0.3)),
+    ],
     bench=[
         BenchCase("64M gelu", call(N, name="gelu"), 4 * N, 0),
         BenchCase("64M gelu backward", call(N, name="gelu"), 10 * N, 0, backward=True),

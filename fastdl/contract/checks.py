@@ -4,7 +4,15 @@
 from . import check_values
 
 # isort: split
-from . import check_interface, check_torch
+from . import check_interface, check_torch, traffic
 from .registry import CHECKS as CHECKS, Check as Check, cases_of as cases_of
 
-__all__ = ["CHECKS", "Check", "cases_of", "check_interface", "check_torch", "check_values"]
+__all__ = [
+    "CHECKS",
+    "Check",
+    "cases_of",
+    "check_interface",
+    "check_torch",
+    "check_values",
+    "traffic",
+]

@@ -97,6 +97,10 @@ SPEC = Spec(
         lambda: (fnn.LayerNorm((2, 4), bias=False), nn.LayerNorm((2, 4), bias=False), torch.randn(3, 2, 4)),
         lambda: (fnn.LayerNorm(8, elementwise_affine=False), nn.LayerNorm(8, elementwise_affine=False), torch.randn(4, 8)),
     ],
+    one_pass=[
+        Case("tall", "bytes", call((256,), (64,))),
+        Case("tall, all", "bytes", call((256,), (64,), residual=True, prenorm=True)),
+    ],
     bench=[
         bench(65536, 256),
         bench(32768, 1024),

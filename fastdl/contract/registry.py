@@ -6,9 +6,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops import _launch
 from .case import Case, Spec
 
-Scope = Literal["cases", "exact", "core", "empty", "op"]
+Scope = Literal["cases", "exact", "core", "empty", "one_pass", "op"]
 
 
 class Check(NamedTuple):
@@ -41,6 +42,8 @@ def cases_of(spec: Spec, scope: Scope) -> list[Case]:
         "exact": [case for case in spec.cases if case.exact],
         "core": spec.core,
         "empty": list(spec.empty),
+        # bytes are counted in the interpreter
+        "one_pass": list(spec.one_pass) if _launch.INTERPRETED else [],
         "op": [],
     }[scope]
 

@@ -12,6 +12,7 @@ from . import SPECS
 from .case import DTYPES, Spec
 from .checks import CHECKS, cases_of
 from .evaluate import Error, accuracy
+from .traffic import ALLOWED, passes
 
 Progress = Callable[[int, int, str], None]
 
@@ -25,6 +26,8 @@ class Row:
     cases: int
     forward: Error
     gradient: Error
+    # bytes moved over the least possible, forward and backward, where they are counted
+    moved: tuple[float, float] | None = None
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -48,7 +51,7 @@ class CheckReport:
         return json.dumps({**asdict(self), "ok": self.ok}, indent=1)
 
     def table(self) -> list[tuple[str, ...]]:
-        head = ("op", "dtype", "cases", "forward", "torch's", "gradient", "torch's", "")
+        head = ("op", "dtype", "cases", "forward", "torch's", "gradient", "torch's", "bytes", "")
         return [head] + [
             (
                 row.op,
@@ -56,6 +59,7 @@ class CheckReport:
                 str(row.cases),
                 *(f"{e:.1e}" for e in (row.forward.ours, row.forward.definition)),
                 *(f"{e:.1e}" for e in (row.gradient.ours, row.gradient.definition)),
+                "not counted" if row.moved is None else "{:.2f} {:.2f}".format(*row.moved),
                 "ok" if row.ok else f"{len(row.failures)} failed",
             )
             for row in self.rows
@@ -72,6 +76,10 @@ class CheckReport:
         lines.append(
             f"Largest errors against float64, ours and torch's in the same dtype, in {where}."
         )
+        if self.interpreted:
+            lines.append(
+                "Bytes are those moved over the least possible, forward and backward, where one pass is enough."
+            )
         lines += [
             f"{row.op} {row.dtype}: {failure}" for row in self.rows for failure in row.failures
         ]
@@ -93,7 +101,7 @@ def check(
         )
     specs = [_spec(op) for op in dict.fromkeys(ops or SPECS)]
     todo = [(spec, dtype) for spec in specs for dtype in DTYPES]
-    steps = sum(len(spec.cases) for spec, _ in todo)
+    steps = sum(len(spec.cases) + len(cases_of(spec, "one_pass")) for spec, _ in todo)
     if thorough:
         steps += sum(1 for spec in specs for _ in _other_checks(spec, device))
     tick = _Ticker(progress, steps)
@@ -138,7 +146,23 @@ def _row(spec: Spec, dtype: torch.dtype, device: str, tick: _Ticker) -> Row:
                 row.failures.append(
                     f"{case.name}: {what} off by {found.ours:.2e}, allowed {found.allowed:.2e}"
                 )
+    _count(row, spec, dtype, tick)
     return row
+
+
+def _count(row: Row, spec: Spec, dtype: torch.dtype, tick: _Ticker) -> None:
+    """The worst ratios of bytes over the cases that are one pass."""
+    for case in cases_of(spec, "one_pass"):
+        tick(f"{spec.name} {row.dtype} bytes of {case.name}")
+        try:
+            found = passes(case, dtype)
+        except Exception as error:
+            row.failures.append(f"bytes of {case.name}: {error}")
+            continue
+        forward, backward = row.moved or (0.0, 0.0)
+        row.moved = max(forward, found[0]), max(backward, found[1])
+        if max(found) > ALLOWED:
+            row.failures.append(f"{case.name}: moves {max(found):.2f} times the bytes that it must")
 
 
 Step = tuple[str, Callable[[], None]]
@@ -148,7 +172,7 @@ def _other_checks(spec: Spec, device: str) -> Iterator[Step]:
     for check in CHECKS.values():
         if check.scope == "op":
             yield check.name, partial(check.function, spec, device)
-        elif check.name not in ("accurate", "exact"):
+        elif check.name not in ("accurate", "exact", "moved_once"):
             for case in cases_of(spec, check.scope):
                 for args in [[dtype] for dtype in check.dtypes] or [[]]:
                     step = partial(check.function, spec, case, device, *args)

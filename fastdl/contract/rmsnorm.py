@@ -94,6 +94,10 @@ SPEC = Spec(
         lambda: (fnn.RMSNorm((2, 4), eps=0.1), nn.RMSNorm((2, 4), eps=0.1), torch.randn(3, 2, 4)),
         lambda: (fnn.RMSNorm(8, elementwise_affine=False), nn.RMSNorm(8, elementwise_affine=False), torch.randn(4, 8)),
     ],
+    one_pass=[
+        Case("tall", "bytes", call((256,), (64,))),
+        Case("tall, all", "bytes", call((256,), (64,), residual=True, prenorm=True)),
+    ],
     bench=[
         bench(262144, 128),
         bench(32768, 1024),
