@@ -8,10 +8,10 @@ from fastdl.contract.checks import CHECKS, cases_of
 
 def params():
     for check in CHECKS.values():
-        marks = [pytest.mark.slow] if check.slow else []
         for spec in SPECS.values():
             for case in cases_of(spec, check.scope) if check.scope != "op" else [None]:
                 for dtype in check.dtypes or [None]:
+                    marks = [pytest.mark.slow] if check.is_slow(case, dtype) else []
                     words = [spec.name, check.name, case and case.name, dtype and str(dtype)[6:]]
                     yield pytest.param(
                         check, spec, case, dtype, id="-".join(filter(None, words)), marks=marks

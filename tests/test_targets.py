@@ -21,10 +21,17 @@ def failures(result):
     return [" ".join(row.cells()) for row in result.failures]
 
 
-@pytest.mark.parametrize("op", SPECS)
-def test_machine_code(op):
-    assert not failures(fastdl.targets([op], ["sm_90"]))
-    assert not failures(fastdl.targets([op], [t for t in TARGETS if t != "sm_90"], limit=4))
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("targets", "limit"), [(["sm_90"], 12), (["sm_80", "sm_100", "gfx942"], 4)]
+)
+def test_machine_code(targets, limit):
+    """All ops at once: the compiler's processes start once."""
+    result = fastdl.targets(None, targets, limit=limit)
+    assert not failures(result)
+    assert {(row.spec.op, row.target) for row in result.rows} == {
+        (op, target) for op in SPECS for target in targets
+    }
 
 
 @pytest.mark.slow
@@ -41,21 +48,24 @@ def config(variant, m, n, k, warps, stages, **more):
     return {"blocks": blocks, "num_warps": warps, "num_stages": stages, "variant": variant}
 
 
-@pytest.mark.parametrize(
-    ("planted", "says"),
-    [
+def made_from(config, constants):
+    return all(constants.get(name) == value for name, value in config["blocks"].items())
+
+
+def test_faults_are_found():
+    planted = {
         # one group of four warps has registers for half of this tile
-        (config("persistent", 128, 256, 64, 4, 3), "spill"),
+        "spill": config("persistent", 128, 256, 64, 4, 3),
         # wgmma takes a group of four warps
-        (config("tiles", 64, 64, 64, 2, 3, SWAP=0), "no wgmma"),
+        "no wgmma": config("tiles", 64, 64, 64, 2, 3, SWAP=0),
         # one stage of it is too large, so that fewer stages do not help
-        (config("tiles", 128, 128, 512, 8, 2, SWAP=0), "shared memory"),
-        (config("tiles", 48, 64, 64, 4, 3, SWAP=0), "power of 2"),
-    ],
-)
-def test_faults_are_found(planted, says):
-    result = fastdl.targets(["linear"], ["sm_90"], limit=6, configs=[planted])
-    assert any(says in line for line in failures(result)), str(result)
+        "shared memory": config("tiles", 128, 128, 512, 8, 2, SWAP=0),
+        "power of 2": config("tiles", 48, 64, 64, 4, 3, SWAP=0),
+    }
+    result = fastdl.targets(["linear"], ["sm_90"], limit=12, configs=[*planted.values()])
+    for says, fault in planted.items():
+        rows = [row for row in result.failures if made_from(fault, dict(row.spec.constants))]
+        assert any(says in " ".join(row.cells()) for row in rows), str(result)
 
 
 def test_result():
@@ -71,21 +81,23 @@ def test_result():
     assert "activation_fwd" in str(result) and "2 binaries, 0 failures" in str(result)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "planted"),
-    [
-        ("linear_fwd", config("tiles", 128, 128, 64, 8, 3, SWAP=0)),
+def test_main_loop_of_a_product():
+    planted = {
+        "linear.linear_fwd": config("tiles", 128, 128, 64, 8, 3, SWAP=0),
         # nested loops: the outer one holds the epilogue
-        ("linear_persistent", config("persistent", 128, 256, 64, 8, 3)),
-    ],
-)
-def test_main_loop_of_a_product(kernel, planted):
-    result = fastdl.targets(["linear"], ["sm_90"], limit=8, configs=[planted])
-    entries = [e for e in json.loads(result.to_json()) if e["kernel"] == f"linear.{kernel}"]
-    blocks = planted["blocks"]
-    flops = 2 * blocks["BLOCK_M"] * blocks["BLOCK_N"] * blocks["BLOCK_K"]
-    assert entries
+        "linear.linear_persistent": config("persistent", 128, 256, 64, 8, 3),
+    }
+    result = fastdl.targets(["linear"], ["sm_90"], limit=8, configs=[*planted.values()])
+    entries = [
+        entry
+        for entry in json.loads(result.to_json())
+        if entry["kernel"] in planted
+        and made_from(planted[entry["kernel"]], dict(entry["constants"]))
+    ]
+    assert {entry["kernel"] for entry in entries} == planted.keys()
     for entry in entries:
+        blocks = planted[entry["kernel"]]["blocks"]
+        flops = 2 * blocks["BLOCK_M"] * blocks["BLOCK_N"] * blocks["BLOCK_K"]
         loop, exact = entry["loop"], entry["args"][0].startswith("float32")
         assert loop["flops"] == flops
         assert loop["tensor"] == (8 if exact else 4)

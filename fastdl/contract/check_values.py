@@ -26,7 +26,7 @@ from .evaluate import (
 from .registry import check, same
 
 
-@check("cases", dtypes=(torch.float32, torch.bfloat16))
+@check("cases", dtypes=(torch.float32, torch.bfloat16), more=(torch.bfloat16,))
 def memory(spec: Spec, case: Case, device: str, dtype: torch.dtype) -> None:
     """Nothing beside the outputs is written, all of them is, and the same call gives the same bits."""
     maker = Maker(dtype, device=device, layout="guarded")
@@ -65,7 +65,7 @@ def guarded_allocations() -> Iterator[list[Tensor]]:
         yield guards
 
 
-@check("cases", dtypes=DTYPES)
+@check("cases", dtypes=DTYPES, more=(torch.float16,))
 def accurate(spec: Spec, case: Case, device: str, dtype: torch.dtype) -> None:
     """Outputs and gradients are as close to fp64 as the definition's are, within the rule."""
     for what, error in zip(("output", "gradient"), accuracy(case, dtype, device), strict=True):

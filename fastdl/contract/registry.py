@@ -13,22 +13,35 @@ Scope = Literal["cases", "exact", "core", "empty", "one_pass", "op"]
 
 
 class Check(NamedTuple):
-    """A check and the cases it runs on; "op" checks run once, on the spec."""
+    """A check and the cases it runs on; "op" checks run once, on the spec.
+
+    `more` are dtypes that tell little beyond the others: they are slow but for core cases.
+    """
 
     name: str
     function: Callable[..., None]
     scope: Scope
     dtypes: tuple[torch.dtype, ...]  # none: it has a dtype of its own
+    more: tuple[torch.dtype, ...]
     slow: bool
+
+    def is_slow(self, case: Case | None, dtype: torch.dtype | None) -> bool:
+        return self.slow or (dtype in self.more and case is not None and not case.core)
 
 
 CHECKS: dict[str, Check] = {}
 
 
-def check(scope: Scope, *, dtypes: tuple[torch.dtype, ...] = (), slow: bool = False) -> Any:
+def check(
+    scope: Scope,
+    *,
+    dtypes: tuple[torch.dtype, ...] = (),
+    more: tuple[torch.dtype, ...] = (),
+    slow: bool = False,
+) -> Any:
     def register(function: Callable[..., None]) -> Callable[..., None]:
         name = function.__name__
-        CHECKS[name] = Check(name, function, scope, dtypes, slow)
+        CHECKS[name] = Check(name, function, scope, dtypes, more, slow)
         return function
 
     return register
