@@ -90,10 +90,15 @@ def _rows_and_columns(shape: list[int], tensors: Sequence[Tensor | None]) -> lis
 
 @functools.lru_cache(maxsize=1024)
 def choose(n_cols: int, device: Device) -> Config:
-    """16 elements a thread: two accesses of 16 bytes to each tensor."""
+    """16 elements a thread: two accesses of 16 bytes to each tensor. Blocks are as wide as it goes
+    with less than an eighth of them past the end of rows.
+    """
     small = device.backend == "interpreter"
-    block = min(power_of_2(n_cols), 32 if small else 2048)
-    return Config({"ROWS": (128 if small else 2048) // block, "BLOCK": block}, 4, 1)
+    tile, block, least = (128, 32, 8) if small else (2048, 2048, 256)
+    block = min(power_of_2(n_cols), block)
+    while block > least and 8 * cdiv(n_cols, block) * block > 9 * n_cols:
+        block //= 2
+    return Config({"ROWS": tile // block, "BLOCK": block}, 4, 1)
 
 
 def _launch(kernel: Kernel, walk: Walk, device: Device, name: str, a: float, b: float) -> None:
