@@ -22,9 +22,12 @@ def pair(*shape: int, **options: Any) -> Make:
     return lambda t: partial(FF.glu, t(*shape), gate=t(*shape), **options)
 
 
-def one_tensor(t: Maker) -> "partial[Any]":
-    x = t(9, 40)
-    return partial(FF.glu, x, gate=x)
+def part_as_gate(t: Maker) -> "partial[Any]":
+    return partial(FF.glu, t(9, 24), gate=t(9, 60)[:, :24], activation="relu")
+
+
+def transposed_gate(t: Maker) -> "partial[Any]":
+    return partial(FF.glu, t(9, 24), gate=t(24, 9).t(), activation="relu")
 
 
 def prelu(t: Maker) -> "partial[Any]":
@@ -62,7 +65,8 @@ CASES = [
     Case("one of everything", "sizes of 1, which Triton specialises", halves(1, 2)),
     Case("no activation", "a derivative of 1", halves(5, 46, activation=None), exact=True, spelled=True),
     Case("parameters", "bounds that backward forgets", halves(9, 44, activation=("hardtanh", -0.5, 0.7)), spelled=True),
-    Case("one tensor for both", "gradients of one tensor in two places", one_tensor),
+    Case("part of a tensor as gate", "a stride of its own", part_as_gate, exact=True),
+    Case("transposed gate", "two orders of memory", transposed_gate, exact=True),
     Case("unknown module", "a module that kernels do not know", prelu),
     Case("perceptron", "gate and up in their places", mlp(7, 12, 24), spelled=True),
     Case("perceptron of one weight", "the gate's rows first", mlp(7, 12, 20, joined=True, activation="relu"), exact=True),
