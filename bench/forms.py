@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fastdl.functional as FF
 from bench.attention import attention_rivals, torch_attention, torch_varlen, varlen_rivals
@@ -68,6 +69,35 @@ def torch_activation(
     return activated(input, name, dropout_p, training)
 
 
+def torch_glu(
+    input: Tensor, dim: int = -1, *, activation: Any = "sigmoid", gate: Tensor | None = None,
+    gate_first: bool = False,
+) -> Tensor:  # fmt: skip
+    if gate is None and activation == "sigmoid" and not gate_first:
+        return F.glu(input, dim)
+    if gate is None:
+        halves = input.chunk(2, dim)
+        input, gate = halves[::-1] if gate_first else halves
+    return input * activated(gate, activation)
+
+
+def torch_gated_mlp(
+    input: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor,
+    b_gate: Tensor | None = None, b_up: Tensor | None = None, b_down: Tensor | None = None, *,
+    activation: Any = "silu", recompute: bool = False, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    def run(x: Tensor) -> Tensor:
+        gate = F.linear(x, w_gate, b_gate)
+        if w_up is None:
+            hidden = torch_glu(gate, activation=activation, gate_first=True)
+        else:
+            hidden = activated(gate, activation) * F.linear(x, w_up, b_up)
+        y = F.linear(hidden, w_down, b_down)
+        return y if residual is None else y + residual
+
+    return checkpoint(run, input, use_reentrant=False) if recompute else run(input)
+
+
 def torch_rotary(
     x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False,
     positions: Tensor | None = None,
@@ -90,6 +120,8 @@ TORCH: dict[Any, Form] = {
     FF.rms_norm: torch_rms_norm,
     FF.activation: torch_activation,
     FF.dropout: F.dropout,
+    FF.glu: torch_glu,
+    FF.gated_mlp: torch_gated_mlp,
     FF.apply_rotary_emb: torch_rotary,
     FF.scaled_dot_product_attention: torch_attention,
     FF.varlen_attn: torch_varlen,

@@ -29,9 +29,11 @@ from .ops.attention import (
     varlen_attn as varlen_attn,
 )
 from .ops.attention_spellings import attention as _written_out  # noqa: F401 - fills SPELLINGS
+from .ops.glu import glu as glu
+from .ops.glu_spellings import gated as _gated  # noqa: F401 - fills SPELLINGS
 from .ops.layernorm import layer_norm as layer_norm
 from .ops.linear import linear as linear
-from .ops.mlp import mlp as mlp
+from .ops.mlp import gated_mlp as gated_mlp, mlp as mlp
 from .ops.multi_head_attention import (
     multi_head_attention_forward as multi_head_attention_forward,
 )

@@ -11,7 +11,17 @@ op_db = pytest.importorskip(
 ).op_db
 
 NAMES = [
-    *("celu", "dropout", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "layer_norm"),
+    *(
+        "celu",
+        "dropout",
+        "elu",
+        "gelu",
+        "glu",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "layer_norm",
+    ),
     *("leaky_relu", "linear", "logsigmoid", "mish", "relu", "relu6", "rms_norm", "selu", "silu"),
     *("softplus", "scaled_dot_product_attention", "softsign", "tanhshrink"),
 ]

@@ -4,6 +4,7 @@ from .activation import (
     CELU as CELU,
     ELU as ELU,
     GELU as GELU,
+    GLU as GLU,
     SELU as SELU,
     Dropout as Dropout,
     Hardsigmoid as Hardsigmoid,
@@ -26,5 +27,5 @@ from .attention import (
     TransformerDecoderLayer as TransformerDecoderLayer,
     TransformerEncoderLayer as TransformerEncoderLayer,
 )
-from .linear import MLP as MLP, Linear as Linear
+from .linear import MLP as MLP, GatedMLP as GatedMLP, Linear as Linear
 from .norm import LayerNorm as LayerNorm, RMSNorm as RMSNorm

@@ -101,6 +101,11 @@ class Tanhshrink(nn.Tanhshrink):
         return F.tanhshrink(input)
 
 
+class GLU(nn.GLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.glu(input, self.dim)
+
+
 # `FF.linear(x, w, activation=module)` takes ours as it takes torch's.
 BY_MODULE.update(
     {

@@ -17,6 +17,7 @@ from ._op import (
     gradients,
     second_derivative,
 )
+from ._strides import merged
 
 ROTARY = Kernel("rotary.rotary")
 
@@ -81,12 +82,7 @@ def _loops(shape: Sequence[int], *strides: Sequence[int]) -> Loops | None:
 
     The heads are the last of them that the tables, whose strides come last, do not vary over.
     """
-    dims: list[tuple[int, ...]] = []
-    for size, *steps in zip(shape, *strides, strict=True):
-        if dims and all(a == b * size for a, b in zip(dims[-1][1:], steps, strict=True)):
-            dims[-1] = (dims[-1][0] * size, *steps)
-        elif size != 1:
-            dims.append((size, *steps))
+    dims = merged(shape, *strides)
     none = (1, *(0 for _ in strides))
     shared = [i for i, dim in enumerate(dims) if dim[-1] == 0]
     heads = dims.pop(shared[-1]) if shared else none

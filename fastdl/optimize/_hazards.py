@@ -79,6 +79,9 @@ class Hazards:
             return "a torch.func transform is active"
 
     def _escapes(self, match: Match) -> str | None:
+        for node in nodes_in(list(match.bindings.values())):
+            if node in match.nodes:
+                return f"{node.name} is an argument of the fused call and a part of it"
         for node in match.nodes:
             outside = [user for user in node.users if user not in match.nodes]
             if outside and node not in match.outputs:

@@ -29,6 +29,9 @@ _SAME = {
     "subtract": "sub",
 }
 
+# Functions whose arguments have other names than the method's.
+_RENAMED = {"split": {"tensor": "input", "split_size_or_sections": "split_size"}}
+
 # Functions that are another one with an argument fixed.
 _FIXED: dict[str, tuple[str, dict[str, Any]]] = {
     "square": ("pow", {"exponent": 2}),
@@ -68,6 +71,11 @@ def normalize(node: Node) -> Call | None:
     inplace = arguments.pop("inplace", False) is True or inplace
     arguments.pop("_stacklevel", None)  # where a warning points to
     op = _SAME.get(op, op)
+    if op in _RENAMED:
+        names = _RENAMED[op]
+        arguments, defaults = (
+            {names.get(name, name): x for name, x in of.items()} for of in (arguments, defaults)
+        )
     if op == "type_as" and isinstance(other := arguments.get("other"), Node):
         op, arguments = "to", {"input": arguments["input"], "dtype": _dtype_of(other)}
         arguments, defaults = _bind(_aten_signatures(op), (), arguments)
