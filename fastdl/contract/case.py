@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,35 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Elements of NaN on either side of a guarded tensor: a block of a kernel that lacks its mask.
 GUARD = 4096
+
+
+class Guard:
+    """A tensor between NaNs with bits of their own: a NaN that was read from one guard and written
+    to another shows.
+    """
+
+    made = 0
+    _INTEGERS: ClassVar = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def __init__(self, like: Tensor) -> None:
+        Guard.made += 1
+        nan = torch.full((1,), float("nan"), dtype=like.dtype, device=like.device)
+        # the lowest of the bits that bfloat16 keeps of a NaN, then those above
+        self._bits = nan.view(self._integers(like)) | 1 + Guard.made % 31 << self._shift(like.dtype)
+        self.buffer = self._bits.repeat(like.numel() + 2 * GUARD).view(like.dtype)
+        self.tensor = self.buffer.as_strided(like.shape, like.stride(), GUARD)
+
+    def _integers(self, like: Tensor) -> torch.dtype:
+        return self._INTEGERS[like.element_size()]
+
+    @staticmethod
+    def _shift(dtype: torch.dtype) -> int:
+        return {torch.bfloat16: 0, torch.float16: 3, torch.float32: 16, torch.float64: 45}[dtype]
+
+    def intact(self) -> bool:
+        bits = self.buffer.view(self._integers(self.buffer))
+        return bool((bits[:GUARD] == self._bits).all() and (bits[-GUARD:] == self._bits).all())
+
 
 Layout = Literal["dense", "transposed", "sliced", "offset", "channels_last", "guarded", "far"]
 
@@ -38,7 +67,7 @@ class Maker:
         self.generator = torch.Generator().manual_seed(seed)
         self.arranged: Callable[[Tensor], Tensor] = lambda leaf: leaf
         self.leaves: list[Tensor] = []
-        self.guards: list[Tensor] = []
+        self.guards: list[Guard] = []
 
     def __call__(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         """A leaf tensor of scale * normal values + shift, or of small integers."""
@@ -68,9 +97,8 @@ class Maker:
         if self.layout == "channels_last" and values.dim() == 4:
             return values.contiguous(memory_format=torch.channels_last)
         if self.layout == "guarded":
-            buffer = values.new_full((values.numel() + 2 * GUARD,), float("nan"))
-            self.guards.append(buffer)
-            return buffer[GUARD:-GUARD].view(shape).copy_(values)
+            self.guards.append(Guard(values.contiguous()))
+            return self.guards[-1].tensor.copy_(values)
         if self.layout == "far" and values.dim() > 1 and not self.leaves:
             # rows 2**31 elements apart; the memory between them is never touched
             apart = 2**31 // (shape[0] - 1) + 64

@@ -1,7 +1,6 @@
 """Checks of values, gradients and memory. Each raises where the op is wrong."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..ops._route import policy
-from .case import DTYPES, GUARD, Case, Layout, Maker, Spec
+from .case import DTYPES, Case, Guard, Layout, Maker, Spec
 from .evaluate import (
     FORWARD,
     GRADIENT,
@@ -36,7 +35,7 @@ def memory(spec: Spec, case: Case, device: str, dtype: torch.dtype) -> None:
     case.make(untouched)
     same([x.detach() for x in maker.leaves], [x.detach() for x in untouched.leaves], "input")
     for guard in (*maker.guards, *guards):
-        assert guard[:GUARD].isnan().all() and guard[-GUARD:].isnan().all(), "wrote past a tensor"
+        assert guard.intact(), "wrote past a tensor"
     for tensor in (*first.outputs, *first.gradients):
         assert not tensor.isnan().any(), "an element was not written, or read past its tensor"
     second = run(case, Maker(dtype, device=device), "fused")
@@ -44,17 +43,17 @@ def memory(spec: Spec, case: Case, device: str, dtype: torch.dtype) -> None:
 
 
 @contextlib.contextmanager
-def guarded_allocations() -> Iterator[list[Tensor]]:
+def guarded_allocations() -> Iterator[list[Guard]]:
     """New tensors of an op come filled with NaN, and with NaN before and after them."""
-    guards: list[Tensor] = []
+    guards: list[Guard] = []
 
     def guarded(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def wrapped(*args: Any, **kwargs: Any) -> Tensor:
             plain = allocate(*args, **kwargs)
             if not plain.is_floating_point() or not plain.numel():
                 return plain
-            guards.append(torch.full((plain.numel() + 2 * GUARD,), math.nan).to(plain))
-            return guards[-1].as_strided(plain.shape, plain.stride(), GUARD)
+            guards.append(Guard(plain))
+            return guards[-1].tensor
 
         return wrapped
 
