@@ -30,10 +30,7 @@ def _pointers(row_ptr, column: tl.constexpr, like_ptr, cols, WIDE: tl.constexpr)
 @triton.jit
 def _read(ptrs, mask):
     """In fp32; a whole block needs no mask."""
-    if mask is None:
-        values = tl.load(ptrs)
-    else:
-        values = tl.load(ptrs, mask=mask, other=0.0)
+    values = tl.load(ptrs) if mask is None else tl.load(ptrs, mask=mask, other=0.0)
     return values.to(tl.float32)
 
 
@@ -85,7 +82,8 @@ def _adamw_block(
     v = _read(v_ptrs, mask)
     g = _gradient(g_ptrs, mask, grad_scale_ptr, clip_ptr, MAXIMIZE)
 
-    m += rest1 * (g - m)
+    # as torch's lerp: what is all gradient is the gradient
+    m = tl.where(rest1 < 0.5, m + rest1 * (g - m), g - (1 - rest1) * (g - m))
     v = beta2 * v + rest2 * g * g
     tl.store(m_ptrs, m, mask=mask)
     tl.store(v_ptrs, v, mask=mask)
@@ -110,16 +108,15 @@ def adamw_step(
     device, corrects the bias."""
     row_ptr, start, n = _find_block(table_ptr, tensor_ptr, 9, BLOCK)
     cols = start + tl.arange(0, BLOCK)
-    go = n >= 0
     if found_inf_ptr is not None:
-        go = tl.load(found_inf_ptr) == 0
+        n = tl.where(tl.load(found_inf_ptr) == 0, n, 0)
     if lr_ptr is not None:
         lr = tl.load(lr_ptr).to(tl.float32)
     if COUNTED:
         step = tl.load(tl.load(row_ptr + 8).to(tl.pointer_type(tl.float32)))
         correction1 = -expm1(step * log_beta1)
         correction2 = -expm1(step * log_beta2)
-    if _may_be_wide(row_ptr, start, n, 8, BLOCK) & go:
+    if _may_be_wide(row_ptr, start, n, 8, BLOCK):
         _adamw_block(
             p_like, g_like, m_like, row_ptr, cols, None, grad_scale_ptr, clip_ptr,
             lr, correction1, correction2, rest1, beta2, rest2, eps, weight_decay,
@@ -127,7 +124,7 @@ def adamw_step(
         )  # fmt: skip
     else:
         _adamw_block(
-            p_like, g_like, m_like, row_ptr, cols, (cols < n) & go, grad_scale_ptr, clip_ptr,
+            p_like, g_like, m_like, row_ptr, cols, cols < n, grad_scale_ptr, clip_ptr,
             lr, correction1, correction2, rest1, beta2, rest2, eps, weight_decay,
             AMSGRAD, MAXIMIZE, MASTER, False,
         )  # fmt: skip
@@ -147,7 +144,8 @@ def _sgd_block(
     g_ptrs = _pointers(row_ptr, 3, g_like, cols, WIDE)
     p = _read(master_ptrs, mask)
     g = _gradient(g_ptrs, mask, grad_scale_ptr, clip_ptr, MAXIMIZE)
-    g += weight_decay * p
+    # torch leaves it out too: 0 times infinity is not 0
+    g += tl.where(weight_decay != 0, weight_decay * p, 0.0)
     if MOMENTUM:
         m_ptrs = _pointers(row_ptr, 4, m_like, cols, WIDE)
         m = g
@@ -171,12 +169,11 @@ def sgd_step(
     """One program per block of a tensor. FIRST fills the momentum with the gradient."""
     row_ptr, start, n = _find_block(table_ptr, tensor_ptr, 6, BLOCK)
     cols = start + tl.arange(0, BLOCK)
-    go = n >= 0
     if found_inf_ptr is not None:
-        go = tl.load(found_inf_ptr) == 0
+        n = tl.where(tl.load(found_inf_ptr) == 0, n, 0)
     if lr_ptr is not None:
         lr = tl.load(lr_ptr).to(tl.float32)
-    if _may_be_wide(row_ptr, start, n, 6, BLOCK) & go:
+    if _may_be_wide(row_ptr, start, n, 6, BLOCK):
         _sgd_block(
             p_like, g_like, m_like, row_ptr, cols, None, grad_scale_ptr, clip_ptr,
             lr, momentum, rest, weight_decay,
@@ -184,7 +181,7 @@ def sgd_step(
         )  # fmt: skip
     else:
         _sgd_block(
-            p_like, g_like, m_like, row_ptr, cols, (cols < n) & go, grad_scale_ptr, clip_ptr,
+            p_like, g_like, m_like, row_ptr, cols, cols < n, grad_scale_ptr, clip_ptr,
             lr, momentum, rest, weight_decay,
             MOMENTUM, FIRST, NESTEROV, MAXIMIZE, MASTER, False,
         )  # fmt: skip

@@ -108,7 +108,8 @@ class Fused(torch.optim.Optimizer):
         why: Reason | None,
     ) -> tuple[list[Member], list[int]]:  # fmt: skip
         """Members of the launches, and the indices of what torch has to do, with reasons given."""
-        members, rest, reasons = [], [], {}
+        members, rest = [], []
+        reasons: dict[Reason, None] = {}
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
             if self.master_weights and _is_low(p):
                 self._use_master(p, names)
@@ -150,8 +151,7 @@ class Fused(torch.optim.Optimizer):
         step: Callable[[list[Tensor], list[Tensor]], Any],
     ) -> None:  # fmt: skip
         """torch's own step, of master weights and clipped gradients where there are such."""
-        masters = [self.state[p].get(MASTER) for p in params] if self.master_weights else []
-        wanted = [p if m is None else m for p, m in zip(params, masters, strict=True)] or [*params]
+        wanted = [self.state.get(p, {}).get(MASTER, p) for p in params]
         grads = [g.to(p.dtype) for g, p in zip(grads, wanted, strict=True)]
         if scaling.clip is not None:
             grads = [g * scaling.clip.to(g.device) for g in grads]

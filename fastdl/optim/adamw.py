@@ -48,7 +48,7 @@ class AdamW(Fused, torch.optim.AdamW):
         self._set_options(master_weights, clip_grad_norm)
 
     @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step."""
         check_capture(self)
         loss = None

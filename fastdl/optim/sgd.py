@@ -43,7 +43,7 @@ class SGD(Fused, torch.optim.SGD):
         self._set_options(master_weights, clip_grad_norm)
 
     @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step."""
         loss = None
         if closure is not None:
@@ -96,8 +96,8 @@ class SGD(Fused, torch.optim.SGD):
         for member in members:
             p, m, *_ = (member.param, *member.state)
             first = damped and member.owner in new
-            types = p.dtype, member.grad.dtype, None if m is None else m.dtype
-            alike[p.device, *types, first].append(member)
+            state = None if m is None else m.dtype
+            alike[p.device, p.dtype, member.grad.dtype, state, first].append(member)
         for slot, (key, found) in enumerate(alike.items()):
             columns = columns_of(found)
             if not group["momentum"]:
