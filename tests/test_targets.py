@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 import fastdl
-from fastdl.contract import SPECS
+from fastdl.contract import SPECS, STEPS
 from fastdl.targets.devices import target_of
 from fastdl.targets.loop import bracket, main_loop
 from fastdl.targets.record import specialisations
@@ -21,7 +21,7 @@ def failures(result):
     return [" ".join(row.cells()) for row in result.failures]
 
 
-@pytest.mark.parametrize("op", SPECS)
+@pytest.mark.parametrize("op", [*SPECS, *STEPS])
 def test_machine_code(op):
     assert not failures(fastdl.targets([op], ["sm_90"]))
     assert not failures(fastdl.targets([op], [t for t in TARGETS if t != "sm_90"], limit=4))
@@ -29,7 +29,7 @@ def test_machine_code(op):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("op", SPECS)
+@pytest.mark.parametrize("op", [*SPECS, *STEPS])
 def test_more_machine_code(op):
     """Of thousands those that differ most; `fastdl targets --all` compiles all."""
     assert not failures(fastdl.targets([op], ["sm_90"], limit=200))
