@@ -58,6 +58,16 @@ def _gradient(g_ptrs, mask, grad_scale_ptr, clip_ptr, MAXIMIZE: tl.constexpr):
 
 
 @triton.jit
+def _read_parameter(p_like, p_ptrs, master_ptrs, mask, MASTER: tl.constexpr):
+    """What p is the rounding of. If it is not, somebody has written it: it counts, then."""
+    p = _read(p_ptrs, mask)
+    if MASTER:
+        master = _read(master_ptrs, mask)
+        p = tl.where(master.to(p_like.dtype.element_ty).to(tl.float32) == p, master, p)
+    return p
+
+
+@triton.jit
 def _store_parameter(p, p_ptrs, master_ptrs, mask, MASTER: tl.constexpr):
     tl.store(p_ptrs, p, mask=mask)
     if MASTER:
@@ -77,7 +87,7 @@ def _adamw_block(
     if MASTER:
         master_ptrs = _pointers(row_ptr, 7, m_like, cols, WIDE)
     g_ptrs = _pointers(row_ptr, 3, g_like, cols, WIDE)
-    p = _read(master_ptrs, mask)
+    p = _read_parameter(p_like, p_ptrs, master_ptrs, mask, MASTER)
     m = _read(m_ptrs, mask)
     v = _read(v_ptrs, mask)
     g = _gradient(g_ptrs, mask, grad_scale_ptr, clip_ptr, MAXIMIZE)
@@ -142,7 +152,7 @@ def _sgd_block(
     if MASTER:
         master_ptrs = _pointers(row_ptr, 5, m_like, cols, WIDE)
     g_ptrs = _pointers(row_ptr, 3, g_like, cols, WIDE)
-    p = _read(master_ptrs, mask)
+    p = _read_parameter(p_like, p_ptrs, master_ptrs, mask, MASTER)
     g = _gradient(g_ptrs, mask, grad_scale_ptr, clip_ptr, MAXIMIZE)
     # torch leaves it out too: 0 times infinity is not 0
     g += tl.where(weight_decay != 0, weight_decay * p, 0.0)

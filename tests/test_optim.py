@@ -7,7 +7,14 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import fastdl
 from fastdl import optim
@@ -105,7 +112,6 @@ def train(cls, device, steps, **options):
     "cls, options",
     [
         (AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
-        (AdamW, {"lr": 1e-2, "fused": True, "amsgrad": True}),
         (SGD, {"lr": 0.03, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}),
     ],
 )
@@ -174,6 +180,18 @@ def test_checkpoints_load_both_ways(fused, device, cls, options):
         if first is second:
             same(copied, through)
         assert distance(copied, through) < 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 30, 300, 3000, 10**6])
+def test_bias_after_many_steps(fused, device, count):
+    """With the count on the device it is corrected there, in fp32."""
+    ours, other = made(device, shapes=[(40,)]), made(device, shapes=[(40,)])
+    for params, optimizer in ((ours, AdamW(ours, fused=True)), (other, theirs(AdamW, other))):
+        take_steps(optimizer, params, [0])
+        optimizer.state[params[0]]["step"].fill_(count)
+        params[0].data.zero_()
+        take_steps(optimizer, params, [1])
+    assert distance(ours, other) < 2e-6
 
 
 @CLASSES
@@ -427,6 +445,26 @@ def test_master_weights(fused, device, cls, options, dtype):
 
 
 @CLASSES
+@pytest.mark.parametrize("mode", ["fused", "definition"])
+def test_what_users_write_into_a_parameter_counts(device, cls, mode):
+    (p,), (q,) = made(device, torch.bfloat16, SHAPES[:1]), made(device, shapes=SHAPES[:1])
+    q.data = p.detach().float()
+    optimizer, expected = cls([p], lr=0.1, master_weights=True), theirs(cls, [q], lr=0.1)
+    with fastdl.policy(mode):
+        for seed in range(3):
+            give_gradients([p], seed)
+            q.grad = p.grad.float()
+            optimizer.step()
+            expected.step()
+            with torch.no_grad():
+                p[1, :5] = q[1, :5] = 0.5
+    take_steps(optimizer, [p], [3])
+    q.grad = p.grad.float()
+    expected.step()
+    assert distance([optimizer.state[p]["master_param"]], [q]) < 1e-6
+
+
+@CLASSES
 def test_master_weights_from_a_checkpoint_of_torch_and_to_one(fused, device, cls):
     options = {"momentum": 0.9} if cls is SGD else {}
     params = made(device, torch.bfloat16)
@@ -567,6 +605,60 @@ def test_autograd_sees_the_write(fused, device, cls):
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+def shard_and_step(rank, size, path):
+    """Steps of a sharded net, whose checkpoint goes into new optimizers on the way."""
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
+    try:
+        for cls in (AdamW, SGD):
+            options = {"lr": 0.1} if cls is AdamW else {"lr": 0.1, "momentum": 0.9}
+            _step_sharded(cls, size, options)
+    finally:
+        dist.destroy_process_group()
+
+
+def _step_sharded(cls, size, options):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 1))
+    sharded = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (size,)))
+    optimizer = cls(sharded.parameters(), clip_grad_norm=0.1, **options)
+    expected = getattr(torch.optim, cls.__name__)(plain.parameters(), **options)
+    x = torch.randn(4, 5)
+    for step in range(4):
+        for net in (sharded, plain):
+            net.zero_grad()
+            net(x).square().sum().backward()
+        with fastdl.policy("fused", on_fallback="error"):
+            launches = fastdl.explain(optimizer.step).launches
+        # the last layer has one row, which one process has
+        assert len(launches) == 1
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        expected.step()
+        torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-5, atol=0)
+        if step == 1:
+            state = get_optimizer_state_dict(sharded, optimizer)
+            optimizer = cls(sharded.parameters(), clip_grad_norm=0.1, **options)
+            set_optimizer_state_dict(sharded, optimizer, state)
+    for p, q in zip(sharded.parameters(), plain.parameters(), strict=True):
+        assert all(type(v) is type(p) for k, v in optimizer.state[p].items() if k != "step")
+        torch.testing.assert_close(p.full_tensor(), q)
+
+
+needs_gloo = pytest.mark.skipif(
+    not dist.is_available() or torch.cuda.is_available(), reason="shards on CPUs"
+)
+
+
+@needs_gloo
+def test_sharded_parameters(tmp_path):
+    shard_and_step(0, 1, tmp_path / "store")
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_sharded_parameters_of_two_processes(tmp_path):
+    torch.multiprocessing.spawn(shard_and_step, (2, tmp_path / "store"), nprocs=2)
 
 
 @CLASSES

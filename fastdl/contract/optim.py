@@ -20,6 +20,8 @@ class StepSpec:
     """
 
     name: str
+    # the name of torch's class, and of ours
+    reference: str
     bench: Sequence[BenchCase]
     variants: Sequence[Callable[[Maker], "partial[Any]"]]
 
@@ -58,7 +60,7 @@ LAYER = [
 ]
 GPT2 = [(50257, 768), (1024, 768), *(shape for _ in range(12) for shape in LAYER), (768,), (768,)]
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-MOMENTUM = {"momentum": 0.9, "nesterov": True}
+MOMENTUM: dict[str, Any] = {"momentum": 0.9, "nesterov": True}
 SMALL = [(1000,)]
 
 
@@ -71,6 +73,7 @@ STEPS: dict[str, StepSpec] = {
     for spec in (
         StepSpec(
             "adamw",
+            "AdamW",
             [
                 # parameter, gradient and two moments are read, all but the gradient written
                 BenchCase("64M fp32", steps(AdamW, LARGE), 28 * elements(LARGE), 0, FLOAT32),
@@ -102,6 +105,7 @@ STEPS: dict[str, StepSpec] = {
         ),
         StepSpec(
             "sgd",
+            "SGD",
             [
                 BenchCase(
                     "64M fp32 momentum",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _route
+from . import _launch, _route
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch
 from ._route import Reason
 
@@ -120,12 +120,25 @@ def alike(a: Tensor, b: Tensor) -> bool:
     return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
 
 
-def why_not(*tensors: Tensor) -> Reason | None:
-    """Why kernels do not take this parameter, its gradient and state."""
-    reason = _route._static_reason(tensors)
-    if reason is None and not dense(tensors[0]):
-        return Reason.OPTION
-    return reason
+def why_none(first: Tensor) -> Reason | None:
+    """Why kernels take no tensor at all just now."""
+    reason = _route._static_reason((first,))
+    return reason if reason in (Reason.POLICY, Reason.TRANSFORM, Reason.TRITON) else None
+
+
+def why_not(first: Tensor, *others: Tensor) -> Reason | None:
+    """Why kernels do not take this parameter, with its gradient and state."""
+    device = first.device
+    if device.type not in _launch.device_types():
+        return Reason.DEVICE
+    for t in (first, *others):
+        if type(t) not in _route.PLAIN:
+            return Reason.SUBCLASS
+        if t.dtype not in _route.FUSED_DTYPES:
+            return Reason.DTYPE
+        if t.device != device:
+            return Reason.DEVICE
+    return None if dense(first) else Reason.OPTION
 
 
 def _like(column: Sequence[Tensor] | None) -> Tensor | None:
@@ -189,9 +202,10 @@ def sgd_step(
 def total_norm(tables: Tables, gradients: Sequence[Tensor]) -> Tensor:
     """The norm of all gradients as one vector."""
     fit: dict[Any, list[Tensor]] = {}
+    why = why_none(gradients[0]) if gradients else None
     rest: dict[Any, list[Tensor]] = {}
     for g in gradients:
-        if why_not(g) is None:
+        if why is None and why_not(g) is None:
             fit.setdefault((g.device, g.dtype), []).append(g)
         else:
             rest.setdefault(getattr(g, "device_mesh", None), []).append(g)

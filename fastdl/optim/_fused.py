@@ -15,6 +15,7 @@ from ..ops.optim import (
     alike,
     clip_coefficient,
     total_norm,
+    why_none,
     why_not,
 )
 
@@ -110,10 +111,12 @@ class Fused(torch.optim.Optimizer):
         """Members of the launches, and the indices of what torch has to do, with reasons given."""
         members, rest = [], []
         reasons: dict[Reason, None] = {}
+        why = why or (why_none(params[0]) if params else None)
+        keys = [*names, MASTER] if self.master_weights else names
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
             if self.master_weights and _is_low(p):
                 self._use_master(p, names)
-            member = why or self._member(p, g, names)
+            member = why or self._member(p, g, keys)
             if isinstance(member, Reason):
                 rest.append(i)
                 reasons[member] = None
@@ -126,22 +129,22 @@ class Fused(torch.optim.Optimizer):
             _route.report(name, "call", reason)
         return members, rest
 
-    def _member(self, p: Tensor, g: Tensor, names: Sequence[str]) -> Member | Reason:
+    def _member(self, p: Tensor, g: Tensor, keys: Sequence[str]) -> Member | Reason:
         state = self.state.get(p, {})  # SGD without momentum has none
-        found = _local([p, g, *(state.get(name) for name in (*names, MASTER))])
+        found = _local([p, g, *(state.get(key) for key in keys)])
         if found is None:
             return Reason.SUBCLASS
-        tensors = [t for t in found if t is not None]
-        reason = why_not(*tensors)
+        reason = why_not(*(t for t in found if t is not None))
         if reason is not None:
             return reason
         local, grad, *states = found
-        for i, name in enumerate((*names, MASTER)):
-            t = states[i]
+        for i, t in enumerate(states):
             if t is not None and not alike(t, local):
-                if t is not state[name]:
-                    return Reason.OPTION
-                states[i] = state[name] = _in_order_of(local, t)
+                if t is not state[keys[i]]:
+                    return Reason.OPTION  # a shard; its owner would stay as it is
+                states[i] = state[keys[i]] = _in_order_of(local, t)
+        if not self.master_weights:
+            states.append(None)
         if alike(grad, local):
             return Member(p, local, grad, None, states)
         return Member(p, local, _in_order_of(local, grad), grad, states)
@@ -151,7 +154,7 @@ class Fused(torch.optim.Optimizer):
         step: Callable[[list[Tensor], list[Tensor]], Any],
     ) -> None:  # fmt: skip
         """torch's own step, of master weights and clipped gradients where there are such."""
-        wanted = [self.state.get(p, {}).get(MASTER, p) for p in params]
+        wanted = [self._exact(p) for p in params]
         grads = [g.to(p.dtype) for g, p in zip(grads, wanted, strict=True)]
         if scaling.clip is not None:
             grads = [g * scaling.clip.to(g.device) for g in grads]
@@ -159,6 +162,13 @@ class Fused(torch.optim.Optimizer):
         for p, w in zip(params, wanted, strict=True):
             if w is not p:
                 p.copy_(w)
+
+    def _exact(self, p: Tensor) -> Tensor:
+        """What p is the rounding of. If it is not, somebody has written it: it counts, then."""
+        master = self.state.get(p, {}).get(MASTER) if self.master_weights else None
+        if master is None:
+            return p
+        return master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
 
 
 def columns_of(members: Sequence[Member]) -> list[Any]:
@@ -207,9 +217,15 @@ def _in_order_of(like: Tensor, t: Tensor) -> Tensor:
 
 
 def _local(tensors: list[Any]) -> list[Any] | None:
-    """This process's parts, where all are cut alike; None where a type is not known."""
-    if all(t is None or type(t) in _route.PLAIN for t in tensors):
-        return tensors
+    """The tensors, or this process's shards of them; None where a type is not known."""
+    for t in tensors:
+        if t is not None and type(t) not in _route.PLAIN:
+            return _shards(tensors)
+    return tensors
+
+
+def _shards(tensors: list[Any]) -> list[Any] | None:
+    """None where they are not all cut alike, too."""
     # whoever has one has imported it
     module = sys.modules.get("torch.distributed.tensor")
     present = [t for t in tensors if t is not None]
