@@ -203,9 +203,7 @@ def block_norms(g_like, table_ptr, tensor_ptr, out_ptr, BLOCK: tl.constexpr):
     row_ptr, start, n = _find_block(table_ptr, tensor_ptr, 3, BLOCK)
     cols = start + tl.arange(0, BLOCK)
     if _may_be_wide(row_ptr, start, n, 3, BLOCK):
-        g = tl.load(_pointers(row_ptr, 2, g_like, cols, True)).to(tl.float32)
-        tl.store(out_ptr + tl.program_id(0), tl.sqrt(tl.sum(g * g, axis=0)))
+        g = _read(_pointers(row_ptr, 2, g_like, cols, True), None)
     else:
-        g_ptrs = _pointers(row_ptr, 2, g_like, cols, False)
-        g = tl.load(g_ptrs, mask=cols < n, other=0.0).to(tl.float32)
-        tl.store(out_ptr + tl.program_id(0), tl.sqrt(tl.sum(g * g, axis=0)))
+        g = _read(_pointers(row_ptr, 2, g_like, cols, False), cols < n)
+    tl.store(out_ptr + tl.program_id(0), tl.sqrt(tl.sum(g * g, axis=0)))
