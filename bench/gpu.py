@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 import fastdl
-from bench import rows
+from bench import rows, steps
 from bench.exact import check_exact, exact_cases
 from bench.exact_attention import attention_cases, check_attention
 from bench.machine import Host, better_ptxas, folder_name, machine
 from bench.store import RESULTS, Row, Store, provenance, read
-from fastdl.contract import SPECS
+from fastdl.contract import SPECS, STEPS
 from fastdl.tuned import Device, device_of, packaged_file
 
 FAILED, USAGE, UNFINISHED = 1, 2, 3
@@ -101,6 +101,19 @@ def timing_stage(op: str) -> Callable[[Context], Iterator[tuple[str, Work]]]:
     return stage
 
 
+def steps_stage(name: str) -> Callable[[Context], Iterator[tuple[str, Work]]]:
+    def stage(context: Context) -> Iterator[tuple[str, Work]]:
+        for case in STEPS[name].bench:
+
+            def work(case: Any = case) -> Row:
+                return steps.measure(STEPS[name], case, context.machine, context.ceilings)
+
+            yield case.name, work
+
+    stage.__doc__ = f"Timings of the steps of {name}."
+    return stage
+
+
 def tune_stage(context: Context) -> Iterator[tuple[str, Work]]:
     """Launch configurations for the table that ships."""
 
@@ -124,6 +137,7 @@ STAGES: dict[str, Callable[[Context], Iterator[tuple[str, Work]]]] = {
     "exact": exact_stage,
     "ceilings": ceilings_stage,
     **{op: timing_stage(op) for op in SPECS},
+    **{name: steps_stage(name) for name in STEPS},
     "tune": tune_stage,
 }
 

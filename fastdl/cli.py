@@ -183,11 +183,11 @@ def _add_targets(commands: Any) -> None:
 
 def _targets(args: argparse.Namespace) -> int:
     from . import targets
-    from .contract import SPECS
+    from .contract import SPECS, STEPS
     from .ops import _launch
     from .targets.table import HEADER
 
-    _known("op", args.op, SPECS)
+    _known("op", args.op, [*SPECS, *STEPS])
     _known("target", args.target or (), targets.DEFAULT_TARGETS)
     if not _launch.HAVE_TRITON:
         _note("there is nothing to compile with: Triton is not installed")

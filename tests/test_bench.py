@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from bench import error as error_module, exact_attention as exact_module, forms, gpu, rows
+from bench import error as error_module, exact_attention as exact_module, forms, gpu, rows, steps
 from bench.attention import flex_form
 from bench.exact import Exact, check_exact, exact_cases, integers
 from bench.exact_attention import (
@@ -30,9 +30,10 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import fastdl
 import fastdl.functional as FF
-from fastdl.contract import SPECS, BenchCase
+from fastdl.contract import SPECS, STEPS, BenchCase
 from fastdl.contract.attention import call, packed
 from fastdl.contract.evaluate import Error
+from fastdl.contract.optim import steps as steps_of
 from fastdl.tuned import Device, forced
 from fastdl.tuned.tune import configs
 
@@ -273,6 +274,20 @@ def test_every_bench_case_has_a_plain_torch_form(op):
         call = case.make(rows.Maker(case.dtype, device="meta"))
         outputs = rows.floats(rows.TORCH[call.func](*call.args, **call.keywords))
         assert outputs[0].shape[0] == call.args[0].shape[0]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_rows_of_steps(monkeypatch, name):
+    spec = STEPS[name]
+    ours = getattr(fastdl.optim, spec.reference)
+    case = BenchCase("small", steps_of(ours, [(5, 3), (7,)]), 28 * 22, 0, torch.float32)
+    row = steps.measure(spec, case, Host(), CEILINGS, rounds=3, warm_s=0)
+    json.dumps(row)
+    assert row["ok"] and row["contenders"].keys() == {"fused", "torch", "foreach"}
+    assert "x torch" in row["says"] and "of the roof" in row["says"] and row["launches"]
+    monkeypatch.setattr(steps, "distance", lambda *args: float("nan"))
+    wrong = steps.measure(spec, case, Host(), CEILINGS, rounds=3, warm_s=0)
+    assert not wrong["ok"] and "off by nan" in wrong["says"]
 
 
 def test_ceilings():

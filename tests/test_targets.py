@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 import fastdl
-from fastdl.contract import SPECS
+from fastdl.contract import SPECS, STEPS
 from fastdl.targets.devices import target_of
 from fastdl.targets.loop import bracket, main_loop
 from fastdl.targets.record import specialisations
@@ -30,13 +30,13 @@ def test_machine_code(targets, limit):
     result = fastdl.targets(None, targets, limit=limit)
     assert not failures(result)
     assert {(row.spec.op, row.target) for row in result.rows} == {
-        (op, target) for op in SPECS for target in targets
+        (op, target) for op in [*SPECS, *STEPS] for target in targets
     }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("op", SPECS)
+@pytest.mark.parametrize("op", [*SPECS, *STEPS])
 def test_more_machine_code(op):
     """Of thousands those that differ most; `fastdl targets --all` compiles all."""
     assert not failures(fastdl.targets([op], ["sm_90"], limit=200))

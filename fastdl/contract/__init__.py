@@ -8,6 +8,7 @@ from .case import (
     Maker as Maker,
     Spec as Spec,
 )
+from .optim import STEPS as STEPS, StepSpec as StepSpec
 
 SPECS: dict[str, Spec] = {
     spec.name: spec

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as FF
-from ..contract import DTYPES, SPECS, Maker
+from ..contract import DTYPES, SPECS, STEPS, Maker
 from ..ops import _launch, _tuned
 from ..ops._route import policy
 from ..ops.activation import ACTIVATIONS
@@ -132,6 +132,9 @@ HEAVY = {
 
 
 def _runs(op: str) -> Iterator[Callable[[], None]]:
+    if op in STEPS:
+        yield from _steps(op)
+        return
     spec = SPECS[op]
     yield from _benchmark(op)
     for make in HEAVY.get(op, ()):
@@ -141,6 +144,13 @@ def _runs(op: str) -> Iterator[Callable[[], None]]:
     for case in spec.cases:
         for dtype in DTYPES:
             yield partial(_run, case.make, dtype)
+
+
+def _steps(op: str) -> Iterator[Callable[[], None]]:
+    """An optimizer's steps: they have no gradients."""
+    for make in [*(case.make for case in STEPS[op].bench), *STEPS[op].variants]:
+        for dtype in DTYPES:
+            yield make(Maker(dtype, device="meta"))
 
 
 def _benchmark(op: str) -> Iterator[Callable[[], None]]:

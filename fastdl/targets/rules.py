@@ -36,6 +36,7 @@ def _reads_wide(spec: Specialisation, facts: Facts, target: Target) -> bool:
 EXCUSES = [
     Excuse(None, "spill", _few, "ptxas keeps registers free for one more program"),
     Excuse("attention_delta", "narrow", _reads_wide, "it stores one number a row"),
+    Excuse("block_norms", "narrow", _reads_wide, "it stores one number a block"),
 ]
 
 
@@ -64,12 +65,18 @@ def _slow(spec: Specialisation, facts: Facts, target: Target) -> list[Fault]:
     elif target.name == "sm_90" and any(m >= 64 for m, *_ in products) and not counts["wgmma"]:
         found.append(Fault("tensor", "no wgmma"))
     # on AMD 64 lanes fill a cache line with less
-    if target.warp_size == 32 and spec.aligned and {"i32 16", "i64 16"} & {*spec.args}:
+    if target.warp_size == 32 and spec.aligned and _whole(spec):
         if not any(counts.get(name) for name in ("loads16", "async16", "tma")):
             found.append(Fault("narrow", "no 16-byte loads"))
         if not counts["stores16"]:
             found.append(Fault("narrow", "no 16-byte stores"))
     return found
+
+
+def _whole(spec: Specialisation) -> bool:
+    """Whether a size allows 16-byte accesses, or the kernel looks for itself where they go."""
+    sizes = [arg for arg in spec.args if arg == "1" or arg.split()[0] in ("i32", "i64")]
+    return not sizes or bool({"i32 16", "i64 16"} & {*sizes})
 
 
 def tensor_cores(facts: Facts) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..contract import SPECS
+from ..contract import SPECS, STEPS
 from .binary import Facts
 from .devices import target_of
 from .pool import Pool, WorkerError, pool
@@ -21,10 +21,11 @@ def compile_all(
     configs: Sequence[Mapping[str, Any]] | None,
     progress: Progress | None,
 ) -> Result:
-    names = list(SPECS if ops is None else ops)
+    known = [*SPECS, *STEPS]
+    names = known if ops is None else list(ops)
     for name in names:
-        if name not in SPECS:
-            raise ValueError(f"targets: no op {name!r}, allowed are {', '.join(SPECS)}")
+        if name not in known:
+            raise ValueError(f"targets: no op {name!r}, allowed are {', '.join(known)}")
     pairs = [(op, target_of(target).name) for target in targets for op in names]
     wanted = [
         {"op": op, "target": target, "limit": limit, "configs": configs} for op, target in pairs
