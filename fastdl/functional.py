@@ -29,6 +29,9 @@ from .ops.attention import (
     varlen_attn as varlen_attn,
 )
 from .ops.attention_spellings import attention as _written_out  # noqa: F401 - fills SPELLINGS
+from .ops.batchnorm import batch_norm as batch_norm
+from .ops.groupnorm import group_norm as group_norm
+from .ops.instancenorm import instance_norm as instance_norm
 from .ops.layernorm import layer_norm as layer_norm
 from .ops.linear import linear as linear
 from .ops.mlp import mlp as mlp
