@@ -12,17 +12,31 @@ from .. import functional as FF, nn as fnn
 from .case import BadCall, BenchCase, Case, Maker, Spec
 
 
+def with_channels_last(t: Tensor) -> Tensor:
+    """A tensor of any number of dimensions in that layout."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 1 else t
+
+
 def channels_last(function: Callable[..., Any], x: Tensor, *args: Any, **options: Any) -> Any:
-    """The call with x, and what is as large, in that layout, of any number of dimensions."""
+    """The call with x, and what is as large, in that layout."""
 
     def laid_out(t: Any) -> Any:
-        if not isinstance(t, Tensor) or t.shape != x.shape:
-            return t
-        return t.movedim(1, -1).contiguous().movedim(-1, 1)
+        large = isinstance(t, Tensor) and t.shape == x.shape
+        return with_channels_last(t) if large else t
 
     return function(
         laid_out(x), *map(laid_out, args), **{k: laid_out(v) for k, v in options.items()}
     )
+
+
+def made_last(make: "Callable[[Maker], partial[Any]]") -> "Callable[[Maker], partial[Any]]":
+    """The case made of tensors in that layout: a timing has no copies."""
+
+    def arranged(t: Maker) -> "partial[Any]":
+        t.arranged = with_channels_last
+        return make(t)
+
+    return arranged
 
 
 def call(
@@ -46,31 +60,29 @@ def call(
     return make
 
 
-# In the interpreter groups of 128 elements are whole, in backward of 64; tiles are of 64.
+# In the interpreter groups of 128 elements are whole, in backward of 64. Tiles are of 256, with 16
+# channels where these are last.
 CASES = [
-    Case("whole", "masks of groups, channels and pixels", call((4, 6, 3, 5), 2), core=True, spelled=True),
+    Case("whole", "masks of groups, channels and pixels", call((4, 6, 2, 5), 2), core=True, spelled=True),
     Case("whole, modulated", "scales of samples, and their gradients", call((3, 6, 2, 3), 3, scale=(3, 6, 1, 1), shift=(3, 6, 1, 1), activation="silu", residual=True), spelled=True),
-    Case("tiles", "parts of groups that are merged", call((2, 6, 9, 11), 2, activation="silu"), core=True, spelled=True),
+    Case("tiles", "parts of groups that are merged", call((2, 2, 20, 55), 1, activation="silu"), core=True, spelled=True),
     Case("tiles, modulated", "scales of larger groups, and the residual of an activation", call((3, 10, 6, 7), 2, scale=(3, 10, 1, 1), shift=(3, 10, 1, 1), activation="gelu", residual=True), spelled=True),
     Case("tiles, one group", "channels that are merged in blocks", call((2, 40, 5), 1, residual=True, activation="relu"), spelled=True),
-    Case("channels last", "strides, and groups that end within a tile", call((2, 12, 5, 8), 4, last=True, residual=True, activation="relu"), core=True),
+    Case("channels last", "strides, and groups that end within a tile", call((2, 20, 37), 4, last=True, residual=True, activation="relu"), core=True),
     Case("channels last, modulated", "scales in that layout", call((3, 10, 7), 2, last=True, scale=(10, 1), shift=(3, 1, 1), activation="tanh")),
     Case("one pixel", "two dimensions", call((5, 12), 3), spelled=True),
-    Case("one pixel, many channels", "more channels than a tile has", call((2, 70), 2, activation="silu"), spelled=True),
     Case("five dimensions", "pixels of three dimensions", call((2, 4, 3, 2, 3), 2), spelled=True),
     Case("no weight", "missing factors", call((2, 6, 30), 2, weight=False, bias=False), spelled=True),
     Case("no weight, bias", "a missing weight", call((2, 6, 5), 2, weight=False, activation="silu")),
     Case("no weight, scale", "a missing weight and shift", call((2, 6, 30), 2, weight=False, bias=False, scale=(2, 6, 1), residual=True)),
     Case("scale of pixels", "factors that the kernels do not take", call((2, 6, 5), 2, scale=(2, 6, 5), residual=True, activation="silu")),
-    Case("broadcast residual", "a sum that torch makes", call((2, 1, 12), 1, residual=True, scale=(1, 1, 1))),
     Case("mean far from 0", "cancellation in the variance", call((2, 4, 15), 2, mean=100.0)),
-    Case("tiles, mean far from 0", "cancellation where parts are merged", call((2, 4, 120), 2, mean=100.0)),
+    Case("tiles, mean far from 0", "cancellation where parts are merged", call((1, 4, 300), 1, mean=100.0)),
     Case("large eps", "eps inside of the root", call((2, 4, 60), 2, eps=0.5)),
 ]  # fmt: skip
 
 EMPTY = [
     Case("no samples", "gradients of weights are zeros", call((0, 4, 3), 2)),
-    Case("no pixels", "a reduced dimension of 0", call((2, 4, 0), 2)),
 ]
 
 
@@ -97,7 +109,8 @@ def bench(
     words += ["modulated" if "scale" in options else "", "backward" if backward else ""]
     # forward reads one and writes one; backward reads two and writes one
     tensors = 5 if backward else 2
-    make = call(shape, groups, last=last, **options)
+    make = call(shape, groups, **options)
+    make = made_last(make) if last else make
     return BenchCase(" ".join(filter(None, words)), make, 2 * tensors * n, 0, backward=backward)
 
 

@@ -162,9 +162,9 @@ def choose_tiles(shape: Shape, device: Device) -> Config:
     16-bit channels, or all of the pixels.
     """
     small = device.backend == "interpreter"
-    area = 64 if small else 2048
+    area = 256 if small else 2048
     if shape.last:
-        channels = min(power_of_2(shape.channels), 8 if small else 64)
+        channels = min(power_of_2(shape.channels), 16 if small else 64)
         return Config({"BLOCK_C": channels, "BLOCK_P": area // channels}, 4, 1, "tiles")
     pixels = min(power_of_2(shape.pixels), area)
     channels = min(area // pixels, power_of_2(shape.channels))
@@ -184,7 +184,8 @@ class Split(NamedTuple):
 def split(shape: Shape, config: Config, device: Device) -> Split:
     """A few programs for each processor, with whole tiles."""
     blocks = cdiv(shape.pixels, config["BLOCK_P"])
-    splits = max(1, min(blocks, 8 * device.sms // _columns(shape, config)))
+    programs = (4 if device.backend == "interpreter" else 8) * device.sms
+    splits = max(1, min(blocks, programs // _columns(shape, config)))
     chunk = cdiv(blocks, splits) * config["BLOCK_P"]
     splits = cdiv(shape.pixels, chunk)
     if shape.pooled:

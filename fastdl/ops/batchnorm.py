@@ -48,6 +48,8 @@ def definition(
     batch, or with given ones; where it `tracks`, also the batch's mean and unbiased variance.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # torch cannot differentiate a bias alone twice
     factors = (given_mean, given_var, weight, bias)
     mean, var, weight, bias = (None if f is None else f.to(wide) for f in factors)
     training = mean is None
@@ -171,8 +173,10 @@ class BatchNormFunction(torch.autograd.Function):
         ctx.save_for_backward(x, z, *tensors, mean, var)
         ctx.options = options
         ctx.set_materialize_grads(False)
+        if not tracks:
+            return y
         ctx.mark_non_differentiable(mean, unbiased)
-        return (y, mean, unbiased) if tracks else y
+        return y, mean, unbiased
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *of_statistics: Any) -> Any:

@@ -51,8 +51,9 @@ def definition(
     name: str, a: float, b: float,
 ) -> Tensor:  # fmt: skip
     """act(norm(x) (1 + scale) + shift + residual), normalized over groups of channels."""
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # torch's gradient of a bias alone fails
     wide = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-    wide = wide if bias is None else torch.promote_types(wide, bias.dtype)
     weight, bias = (None if f is None else f.to(wide) for f in (weight, bias))
     y = F.group_norm(x.to(wide), groups, weight, bias, eps).to(x.dtype)
     if scale is not None:
