@@ -49,9 +49,7 @@ def groupnorm_fwd(
     ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program per ROWS groups. Leaves mean and variance, in fp32, for backward."""
-    rows, within, pixels, inside = tile_of(
-        n_rows, group_channels, n_pixels, ROWS, BLOCK_C, BLOCK_P
-    )
+    rows, within, pixels, inside = tile_of(n_rows, group_channels, n_pixels, ROWS, BLOCK_C, BLOCK_P)
     mask = inside & (pixels < n_pixels)
     offsets = (rows * group_channels + within) * n_pixels + pixels
     count = group_channels * n_pixels
@@ -80,9 +78,7 @@ def groupnorm_bwd(
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program per ROWS groups. Leaves the sums of g and of g x_hat of every channel."""
-    rows, within, pixels, inside = tile_of(
-        n_rows, group_channels, n_pixels, ROWS, BLOCK_C, BLOCK_P
-    )
+    rows, within, pixels, inside = tile_of(n_rows, group_channels, n_pixels, ROWS, BLOCK_C, BLOCK_P)
     mask = inside & (pixels < n_pixels)
     channel_rows = rows * group_channels + within
     offsets = channel_rows * n_pixels + pixels

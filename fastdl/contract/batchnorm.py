@@ -22,11 +22,16 @@ def statistics(channels: int, t: Maker) -> tuple[torch.Tensor, torch.Tensor]:
 def call(
     shape: tuple[int, ...], training: bool = True, weight: bool = True, bias: bool = True,
     residual: bool = False, mean: float = 0.0, last: bool = False, eps: float = 1e-5,
-    **options: Any,
+    wide: bool = False, **options: Any,
 ) -> "Callable[[Maker], partial[Any]]":  # fmt: skip
+    """`wide` parameters are float32 where x is less, as in mixed precision."""
+
     def make(t: Maker) -> "partial[Any]":
         x, given = t(*shape, shift=mean), dict(options)
-        factors = (t(shape[1]) if weight else None, t(shape[1]) if bias else None)
+        factors = [t(shape[1]) if has else None for has in (weight, bias)]
+        if wide:
+            dtype = torch.promote_types(t.dtype, torch.float32)
+            factors = [factor.to(dtype) for factor in factors]
         if residual:
             given["residual"] = t(*shape)
         running = (None, None) if training else statistics(shape[1], t)
@@ -96,7 +101,7 @@ def bench(
         # dy and x twice and dx; with a residual its gradient is written and read in place of dy,
         # and y is read once
         tensors += 7 if residual else 5
-    make = call(shape, **options)
+    make = call(shape, wide=True, **options)
     make = made_last(make) if last else make
     return BenchCase(" ".join(filter(None, words)), make, 2 * tensors * n, 0, backward=backward)
 

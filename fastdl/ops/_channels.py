@@ -78,7 +78,12 @@ class Shape:
 
 def _channels_last(x: Tensor) -> bool:
     """Whether channels lie side by side. A single pixel counts as such."""
-    return x.movedim(1, -1).is_contiguous()
+    step = 1
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.shape[dim] != 1 and x.stride(dim) != step:
+            return False
+        step *= x.shape[dim]
+    return True
 
 
 def shape_of(x: Tensor, groups: int, pooled: bool) -> Shape:
@@ -310,9 +315,7 @@ def _launch_whole(
     )  # fmt: skip
 
 
-def _launch_sums(
-    given: Given, g: Tensor | None, need_means: bool
-) -> tuple[Tensor, Tensor | None]:
+def _launch_sums(given: Given, g: Tensor | None, need_means: bool) -> tuple[Tensor, Tensor | None]:
     x, shape, factors, (name, a, b) = given.x, given.shape, given.factors, given.act
     device = device_of(x)
     config = choose_tiles(shape, device)
@@ -350,9 +353,7 @@ def _launch_dx(given: Given, means: Tensor | None, dx: Tensor | None, g: Tensor 
     )  # fmt: skip
 
 
-def kept(
-    y: Tensor, residual: Tensor | None, name: str, a: float
-) -> tuple[Tensor | None, bool]:
+def kept(y: Tensor, residual: Tensor | None, name: str, a: float) -> tuple[Tensor | None, bool]:
     """What backward needs besides x for the derivative of the activation, and whether it is y."""
     if name == "none" or residual is None:
         return None, False

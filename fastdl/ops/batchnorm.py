@@ -235,9 +235,7 @@ def batch_norm(
     act, module = lower("batch_norm", activation)
     if input.dim() < 2 or input.numel() == 0:
         # nothing to compute, and running statistics stay
-        y = F.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return finish(y, residual, activation)
     tracks = training and running_mean is not None
     given = (None, None) if training else (running_mean, running_var)

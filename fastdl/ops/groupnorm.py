@@ -206,7 +206,10 @@ class GroupNormFunction(torch.autograd.Function):
         grads: Any = [None] * 6
         if differentiating() and any(needs):
             residual, y = (None, z) if from_y else (z, None)
-            args, differentiate = (x, residual, *factors, *ctx.options), partial(second_derivative, "group_norm")
+            args, differentiate = (
+                (x, residual, *factors, *ctx.options),
+                partial(second_derivative, "group_norm"),
+            )
             grads = of_definition(definition, args, dy, y, needs, differentiate, True)
         elif any(needs):
             grads = BACKWARD.overload(dy, x, z, *factors, mean, var, *ctx.options, from_y, needs)
@@ -274,8 +277,7 @@ def _check(input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
         )
     if math.prod(shape[2:], start=shape[0] * shape[1] // groups) == 1:
         raise ValueError(
-            f"group_norm: input is {shape}, num_groups is {groups};"
-            " a group needs more than 1 value"
+            f"group_norm: input is {shape}, num_groups is {groups}; a group needs more than 1 value"
         )
     check_factors("group_norm", input, weight=weight, bias=bias)
 

@@ -64,7 +64,9 @@ def _check(
     if (mean is None) != (var is None):
         raise ValueError("instance_norm: give both of running_mean and running_var, or neither")
     if mean is None and not use_input_stats:
-        raise RuntimeError("instance_norm: running_mean is None, without use_input_stats it is used")
+        raise RuntimeError(
+            "instance_norm: running_mean is None, without use_input_stats it is used"
+        )
     check_factors(
         "instance_norm", input, running_mean=mean, running_var=var, weight=weight, bias=bias
     )
