@@ -19,7 +19,9 @@ def group_sum(x):
 
 
 @triton.jit
-def tile_of(n_rows, group_channels, n_pixels, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
+def tile_of(
+    n_rows, group_channels, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+):
     """This program's groups of all samples, the channels within a group, the pixels, and which of
     the channels are there.
     """
@@ -49,7 +51,7 @@ def groupnorm_fwd(
     ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program per ROWS groups. Leaves mean and variance, in fp32, for backward."""
-    rows, within, pixels, inside = tile_of(n_rows, group_channels, n_pixels, ROWS, BLOCK_C, BLOCK_P)
+    rows, within, pixels, inside = tile_of(n_rows, group_channels, ROWS, BLOCK_C, BLOCK_P)
     mask = inside & (pixels < n_pixels)
     offsets = (rows * group_channels + within) * n_pixels + pixels
     count = group_channels * n_pixels
@@ -78,7 +80,7 @@ def groupnorm_bwd(
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program per ROWS groups. Leaves the sums of g and of g x_hat of every channel."""
-    rows, within, pixels, inside = tile_of(n_rows, group_channels, n_pixels, ROWS, BLOCK_C, BLOCK_P)
+    rows, within, pixels, inside = tile_of(n_rows, group_channels, ROWS, BLOCK_C, BLOCK_P)
     mask = inside & (pixels < n_pixels)
     channel_rows = rows * group_channels + within
     offsets = channel_rows * n_pixels + pixels

@@ -31,7 +31,7 @@ def call(
         factors = [t(shape[1]) if has else None for has in (weight, bias)]
         if wide:
             dtype = torch.promote_types(t.dtype, torch.float32)
-            factors = [factor.to(dtype) for factor in factors]
+            factors = [None if factor is None else factor.to(dtype) for factor in factors]
         if residual:
             given["residual"] = t(*shape)
         running = (None, None) if training else statistics(shape[1], t)

@@ -101,17 +101,17 @@ def arranged(x: Tensor) -> Tensor:
 
 
 class Output:
-    """A tensor like x that kernels fill in the layout of `arranged(x)`."""
+    """A tensor like x that kernels fill in the layout of `arranged(x)`, if anybody wants it."""
 
-    def __init__(self, x: Tensor, rows: Tensor) -> None:
-        self.result = torch.empty_like(x)
-        fits = self.result.stride() == rows.stride()
-        self.written = self.result if fits else torch.empty_like(rows)
+    def __init__(self, x: Tensor, rows: Tensor, wanted: bool = True) -> None:
+        self._result = torch.empty_like(x) if wanted else None
+        fits = self._result is None or self._result.stride() == rows.stride()
+        self.written = self._result if fits else torch.empty_like(rows)
 
-    def get(self) -> Tensor:
-        if self.written is not self.result:
-            self.result.copy_(self.written)
-        return self.result
+    def get(self) -> Any:
+        if self._result is not None and self.written is not self._result:
+            self._result.copy_(self.written)  # type: ignore[arg-type]
+        return self._result
 
 
 class Factors(NamedTuple):
@@ -231,25 +231,45 @@ def launch_moments(x: Tensor, shape: Shape, out: Moments) -> None:
 
 
 def launch_forward(
-    x: Tensor, residual: Tensor | None, factors: Factors, y: Tensor, moments: Moments, eps: float,
+    x: Tensor, residual: Tensor | None, factors: Factors, moments: Moments, eps: float, act: Act,
+    groups: int, pooled: bool = False,
+) -> Tensor:  # fmt: skip
+    """y. Fills mean and variance unless they are given."""
+    rows = arranged(x)
+    y = Output(x, rows)
+    residual = None if residual is None else same_layout(residual, rows)
+    shape = shape_of(rows, groups, pooled)
+    config = choose_whole(shape, device_of(x), False)
+    if config is not None and not moments.given:
+        _launch_whole_forward(
+            rows, residual, factors.prepared(), y.written, moments, eps, act, shape, config
+        )
+        return y.get()
+    if not moments.given:
+        launch_moments(rows, shape, moments)
+    _launch_tiles(rows, residual, factors.prepared(), y.written, moments, eps, act, shape)
+    return y.get()
+
+
+def _launch_whole_forward(
+    x: Tensor, residual: Tensor | None, factors: Factors, y: Any, moments: Moments, eps: float,
+    act: Act, shape: Shape, config: Config,
+) -> None:  # fmt: skip
+    name, a, b = act
+    launch(
+        GROUPNORM_FWD, (cdiv(shape.n_stats, config["ROWS"]),),
+        x, residual, *factors, y, moments.mean, moments.var,
+        shape.n_stats, shape.groups, shape.group_channels, shape.pixels, *factors.strides,
+        eps, a, b, ACT=name, config=config,
+    )  # fmt: skip
+
+
+def _launch_tiles(
+    x: Tensor, residual: Tensor | None, factors: Factors, y: Any, moments: Moments, eps: float,
     act: Act, shape: Shape,
 ) -> None:  # fmt: skip
-    """Fill y, and mean and variance unless they are given."""
     name, a, b = act
-    device, factors = device_of(x), factors.prepared()
-    residual = None if residual is None else same_layout(residual, x)
-    config = choose_whole(shape, device, False)
-    if config is not None and not moments.given:
-        launch(
-            GROUPNORM_FWD, (cdiv(shape.n_stats, config["ROWS"]),),
-            x, residual, *factors, y, moments.mean, moments.var,
-            shape.n_stats, shape.groups, shape.group_channels, shape.pixels, *factors.strides,
-            eps, a, b, ACT=name, config=config,
-        )  # fmt: skip
-        return
-    if not moments.given:
-        launch_moments(x, shape, moments)
-    config = choose_tiles(shape, device)
+    config = choose_tiles(shape, device_of(x))
     blocks = cdiv(shape.pixels, config["BLOCK_P"])
     launch(
         CHANNELNORM_FWD, (_columns(shape, config) * blocks,),
@@ -276,25 +296,33 @@ class Given(NamedTuple):
 
 
 def launch_backward(
+    dy: Tensor, x: Tensor, z: Tensor | None, from_y: bool, factors: Factors, moments: Moments,
+    eps: float, act: Act, needs: Sequence[bool], groups: int, pooled: bool = False,
+) -> tuple[Any, Any, Tensor | None]:  # fmt: skip
+    """dx, g, the gradient before the activation, and the sums of g and of g x_hat of every channel:
+    [2, channels], of each sample unless it is pooled. Each if it is needed, else None.
+    """
+    rows = arranged(x)
+    dx, g = Output(x, rows, needs[0]), Output(x, rows, needs[1])
+    given = Given(
+        same_layout(dy, rows), rows, None if z is None else same_layout(z, rows), from_y,
+        factors.prepared(), moments, eps, act, shape_of(rows, groups, pooled),
+    )  # fmt: skip
+    config = choose_whole(given.shape, device_of(x), True)
+    if config is not None and not moments.given:
+        sums = _launch_whole(given, dx.written, g.written, any(needs[2:]), config)
+    else:
+        sums = _launch_parts(given, dx.written, g.written, any(needs[2:]))
+    return dx.get(), g.get(), sums
+
+
+def _launch_parts(
     given: Given, dx: Tensor | None, g: Tensor | None, need_sums: bool
 ) -> Tensor | None:
-    """Fill dx, and g, the gradient before the activation. Returns the sums of g and of g x_hat of
-    every channel: [2, channels], of each sample unless it is pooled.
-    """
-    x, shape = given.x, given.shape
-    config = choose_whole(shape, device_of(x), True)
-    given = given._replace(
-        dy=same_layout(given.dy, x),
-        z=None if given.z is None else same_layout(given.z, x),
-        factors=given.factors.prepared(),
-    )
-    if config is not None and not given.moments.given:
-        sums = x.new_empty((2, shape.sums), dtype=torch.float32) if need_sums else None
-        _launch_whole(given, dx, g, sums, config)
-        return sums
+    """One pass for sums where they are needed, also by dx, and one for dx."""
     sums = means = None
-    if need_sums or (dx is not None and not given.moments.given):
-        need_means = dx is not None and not given.moments.given
+    need_means = dx is not None and not given.moments.given
+    if need_sums or need_means:
         sums, means = _launch_sums(given, g, need_means)
         if g is not None:
             given, g = given._replace(dy=g, z=None, from_y=False, act=NO_ACT), None
@@ -304,15 +332,17 @@ def launch_backward(
 
 
 def _launch_whole(
-    given: Given, dx: Tensor | None, g: Tensor | None, sums: Tensor | None, config: Config
-) -> None:
+    given: Given, dx: Tensor | None, g: Tensor | None, need_sums: bool, config: Config
+) -> Tensor | None:
     shape, factors, (name, a, b) = given.shape, given.factors, given.act
+    sums = given.x.new_empty((2, shape.sums), dtype=torch.float32) if need_sums else None
     launch(
         GROUPNORM_BWD, (cdiv(shape.n_stats, config["ROWS"]),),
         given.dy, given.x, given.z, *factors, given.moments.mean, given.moments.var, dx, g, sums,
         shape.n_stats, shape.groups, shape.group_channels, shape.pixels, *factors.strides,
         given.eps, a, b, ACT=name, FROM_Y=given.from_y, config=config,
     )  # fmt: skip
+    return sums
 
 
 def _launch_sums(given: Given, g: Tensor | None, need_means: bool) -> tuple[Tensor, Tensor | None]:

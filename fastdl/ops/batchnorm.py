@@ -15,10 +15,7 @@ from torch import Tensor
 from ._channels import (
     NO_ACT,
     Factors,
-    Given,
     Moments,
-    Output,
-    arranged,
     check_factors,
     finish,
     joins,
@@ -26,7 +23,6 @@ from ._channels import (
     launch_backward,
     launch_forward,
     of_definition,
-    shape_of,
 )
 from ._op import SPELLINGS, LibraryOp, Op, Spelling, differentiating, second_derivative
 from .activation import (
@@ -80,15 +76,11 @@ def _forward(
     given_mean: Tensor | None, given_var: Tensor | None, eps: float,
     name: str, a: float, b: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = arranged(x)
-    y = Output(x, rows)
     mean, var, unbiased = _statistics(x, x.shape[1] if given_mean is None else 0)
     moments = _moments(mean, var, given_mean, given_var)._replace(unbiased=unbiased)
-    launch_forward(
-        rows, residual, Factors(weight, bias), y.written, moments, eps, (name, a, b),
-        shape_of(rows, x.shape[1], True),
-    )  # fmt: skip
-    return y.get(), mean, var, unbiased
+    factors = Factors(weight, bias)
+    y = launch_forward(x, residual, factors, moments, eps, (name, a, b), x.shape[1], pooled=True)
+    return y, mean, var, unbiased
 
 
 def _moments(mean: Any, var: Any, given_mean: Any, given_var: Any) -> Moments:
@@ -130,19 +122,16 @@ def _backward(
     given_mean: Tensor | None, given_var: Tensor | None, mean: Tensor, var: Tensor, eps: float,
     name: str, a: float, b: float, from_y: bool, needs: list[bool],
 ) -> Gradients:  # fmt: skip
-    rows = arranged(x)
-    dx, g = (Output(x, rows) if need else None for need in needs[:2])
-    given = Given(
-        dy, rows, z, from_y, Factors(weight, bias), _moments(mean, var, given_mean, given_var),
-        eps, (name, a, b), shape_of(rows, x.shape[1], True),
+    dx, g, sums = launch_backward(
+        dy, x, z, from_y, Factors(weight, bias), _moments(mean, var, given_mean, given_var),
+        eps, (name, a, b), needs, x.shape[1], pooled=True,
     )  # fmt: skip
-    sums = launch_backward(given, dx and dx.written, g and g.written, any(needs[2:]))
     factors: Any = [None, None]
     if sums is not None:
         # copies: outputs of an op share no memory
         pairs = zip((weight, bias), (sums[1], sums[0]), needs[2:], strict=True)
         factors = [s.to(f.dtype, copy=True) if need else None for f, s, need in pairs]  # type: ignore
-    return dx and dx.get(), g and g.get(), *factors  # type: ignore[return-value]
+    return dx, g, *factors
 
 
 def _torch_backward(
@@ -152,7 +141,7 @@ def _torch_backward(
 ) -> Gradients:  # fmt: skip
     residual, y = (None, z) if from_y else (z, None)
     args = (x, residual, weight, bias, given_mean, given_var, False, eps, name, a, b)
-    return tuple(of_definition(definition, args, dy, y, needs))  # type: ignore[return-value]
+    return tuple(of_definition(definition, args, dy, y, needs))
 
 
 FORWARD = LibraryOp("batch_norm", _forward, like=_like, torch_form=_torch_forward)
@@ -246,7 +235,8 @@ def batch_norm(
     )  # fmt: skip
     y = out[0] if tracks else out
     if tracks:
-        _update(running_mean, out[1], momentum), _update(running_var, out[2], momentum)
+        _update(running_mean, out[1], momentum)
+        _update(running_var, out[2], momentum)
     if not fits:
         return finish(y, residual, activation)
     return y if module is None else module(y)

@@ -13,10 +13,7 @@ from torch import Tensor
 from ._channels import (
     NO_ACT,
     Factors,
-    Given,
     Moments,
-    Output,
-    arranged,
     check_factors,
     finish,
     joins,
@@ -24,7 +21,6 @@ from ._channels import (
     launch_backward,
     launch_forward,
     of_definition,
-    shape_of,
 )
 from ._op import (
     SPELLINGS,
@@ -89,15 +85,10 @@ def _forward(
     scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
     name: str, a: float, b: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = arranged(x)
-    y = Output(x, rows)
     mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
-    var = torch.empty_like(mean)
-    launch_forward(
-        rows, residual, _factors(x, weight, bias, scale, shift), y.written, Moments(mean, var),
-        eps, (name, a, b), shape_of(rows, groups, False),
-    )  # fmt: skip
-    return y.get(), mean, var
+    moments = Moments(mean, torch.empty_like(mean))
+    factors = _factors(x, weight, bias, scale, shift)
+    return launch_forward(x, residual, factors, moments, eps, (name, a, b), groups), *moments[:2]
 
 
 def _torch_forward(
@@ -132,17 +123,14 @@ def _backward(
     scale: Tensor | None, shift: Tensor | None, mean: Tensor, var: Tensor, groups: int, eps: float,
     name: str, a: float, b: float, from_y: bool, needs: list[bool],
 ) -> Gradients:  # fmt: skip
-    rows = arranged(x)
-    dx, g = (Output(x, rows) if need else None for need in needs[:2])
-    given = Given(
-        dy, rows, z, from_y, _factors(x, weight, bias, scale, shift), Moments(mean, var), eps,
-        (name, a, b), shape_of(rows, groups, False),
+    dx, g, sums = launch_backward(
+        dy, x, z, from_y, _factors(x, weight, bias, scale, shift), Moments(mean, var), eps,
+        (name, a, b), needs, groups,
     )  # fmt: skip
-    sums = launch_backward(given, dx and dx.written, g and g.written, any(needs[2:]))
     factors: Any = (None, None, None, None)
     if sums is not None:
         factors = _of_factors(sums.view(2, *x.shape[:2]), x, weight, bias, scale, shift, needs[2:])
-    return dx and dx.get(), g and g.get(), *factors  # type: ignore[return-value]
+    return dx, g, *factors
 
 
 def _of_factors(
@@ -177,7 +165,7 @@ def _torch_backward(
 ) -> Gradients:  # fmt: skip
     residual, y = (None, z) if from_y else (z, None)
     args = (x, residual, weight, bias, scale, shift, groups, eps, name, a, b)
-    return tuple(of_definition(definition, args, dy, y, needs))  # type: ignore[return-value]
+    return tuple(of_definition(definition, args, dy, y, needs))
 
 
 FORWARD = LibraryOp("group_norm", _forward, like=_like, torch_form=_torch_forward)
@@ -257,7 +245,7 @@ def group_norm(
 
 
 def _of_channels(factor: Tensor, input: Tensor) -> bool:
-    """Whether the factor is one number a channel, or a channel of a sample, of the input's dtype."""
+    """Whether the factor is one number a channel, of all samples or each, of the same dtype."""
     sizes = (1,) * (input.dim() - factor.dim()) + tuple(factor.shape)
     fits = len(sizes) == input.dim() and all(size == 1 for size in sizes[2:])
     fits = fits and all(f in (1, n) for f, n in zip(sizes, input.shape[:2], strict=False))

@@ -85,7 +85,7 @@ def _spell(act: Callable[..., Tensor], name: str) -> Spelling:
         x: Any, mean: Any, var: Any, w: Any, bias: Any, own: Any, momentum: Any, eps: Any,
         a: Any, b: Any,
     ) -> partial[Any]:  # fmt: skip
-        options = {} if name == "none" else {"activation": with_parameters(name, a, b)}
+        options: Any = {} if name == "none" else {"activation": with_parameters(name, a, b)}
         return partial(instance_norm, x, mean, var, w, bias, own, momentum, eps, **options)
 
     return Spelling(pattern, call)
