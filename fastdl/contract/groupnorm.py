@@ -65,20 +65,18 @@ def call(
 CASES = [
     Case("whole", "masks of groups, channels and pixels", call((4, 6, 2, 5), 2), core=True, spelled=True),
     Case("whole, modulated", "scales of samples, and their gradients", call((3, 6, 2, 3), 3, scale=(3, 6, 1, 1), shift=(3, 6, 1, 1), activation="silu", residual=True), spelled=True),
-    Case("tiles", "parts of groups that are merged", call((2, 2, 20, 55), 1, activation="silu"), core=True, spelled=True),
-    Case("tiles, modulated", "scales of larger groups, and the residual of an activation", call((3, 10, 6, 7), 2, scale=(3, 10, 1, 1), shift=(3, 10, 1, 1), activation="gelu", residual=True), spelled=True),
-    Case("tiles, one group", "channels that are merged in blocks", call((2, 40, 5), 1, residual=True, activation="relu"), spelled=True),
+    Case("tiles", "parts of groups that are merged", call((3, 2, 12, 55), 1, activation="silu"), core=True, spelled=True),
+    Case("tiles, modulated", "scales of larger groups, and the residual of an activation", call((2, 6, 6, 7), 2, scale=(2, 6, 1, 1), shift=(2, 6, 1, 1), activation="gelu", residual=True), spelled=True),
+    Case("tiles, one group", "channels that are merged in blocks", call((2, 40, 4), 1, residual=True, activation="relu"), spelled=True),
     Case("channels last", "strides, and groups that end within a tile", call((2, 20, 37), 4, last=True, residual=True, activation="relu"), core=True),
     Case("channels last, modulated", "scales in that layout", call((3, 10, 7), 2, last=True, scale=(10, 1), shift=(3, 1, 1), activation="tanh")),
-    Case("one pixel", "two dimensions", call((5, 12), 3), spelled=True),
-    Case("five dimensions", "pixels of three dimensions", call((2, 4, 3, 2, 3), 2), spelled=True),
-    Case("no weight", "missing factors", call((2, 6, 30), 2, weight=False, bias=False), spelled=True),
+    Case("one pixel", "two dimensions", call((3, 12), 3), spelled=True),
+    Case("five dimensions", "cancellation in the variance", call((2, 4, 3, 2, 3), 2, mean=100.0), spelled=True),
+    Case("no weight", "missing factors, and eps inside of the root", call((2, 4, 15), 2, weight=False, bias=False, eps=0.5), spelled=True),
     Case("no weight, bias", "a missing weight", call((2, 6, 5), 2, weight=False, activation="silu")),
     Case("no weight, scale", "a missing weight and shift", call((2, 6, 30), 2, weight=False, bias=False, scale=(2, 6, 1), residual=True)),
     Case("scale of pixels", "factors that the kernels do not take", call((2, 6, 5), 2, scale=(2, 6, 5), residual=True, activation="silu")),
-    Case("mean far from 0", "cancellation in the variance", call((2, 4, 15), 2, mean=100.0)),
-    Case("tiles, mean far from 0", "cancellation where parts are merged", call((1, 4, 300), 1, mean=100.0)),
-    Case("large eps", "eps inside of the root", call((2, 4, 60), 2, eps=0.5)),
+    Case("tiles, mean far from 0", "cancellation where parts are merged", call((1, 2, 300), 1, mean=100.0)),
 ]  # fmt: skip
 
 EMPTY = [
