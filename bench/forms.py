@@ -63,6 +63,31 @@ def torch_rms_norm(
     return (y, h) if prenorm else y
 
 
+def torch_group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, *, activation: Any = None, residual: Tensor | None = None,
+    scale: Tensor | None = None, shift: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    y = F.group_norm(input, num_groups, weight, bias, eps)
+    y = y if scale is None else y * (1 + scale)
+    y = y if shift is None else y + shift
+    return activated(y if residual is None else y + residual, activation)
+
+
+def torch_batch_norm(
+    *args: Any, activation: Any = None, residual: Tensor | None = None, **options: Any
+) -> Tensor:
+    y = F.batch_norm(*args, **options)
+    return activated(y if residual is None else y + residual, activation)
+
+
+def torch_instance_norm(
+    *args: Any, activation: Any = None, residual: Tensor | None = None, **options: Any
+) -> Tensor:
+    y = F.instance_norm(*args, **options)
+    return activated(y if residual is None else y + residual, activation)
+
+
 def torch_activation(
     input: Tensor, name: Any, *, dropout_p: float = 0.0, training: bool = True
 ) -> Tensor:
@@ -118,6 +143,9 @@ TORCH: dict[Any, Form] = {
     FF.linear: torch_linear,
     FF.layer_norm: torch_layer_norm,
     FF.rms_norm: torch_rms_norm,
+    FF.group_norm: torch_group_norm,
+    FF.batch_norm: torch_batch_norm,
+    FF.instance_norm: torch_instance_norm,
     FF.activation: torch_activation,
     FF.dropout: F.dropout,
     FF.glu: torch_glu,

@@ -98,7 +98,14 @@ def _forward(form: Callable[..., Any], calls: list["partial[Any]"], makers: Any)
 def _both(form: Callable[..., Any], calls: list["partial[Any]"], makers: list[Maker]) -> OnSet:
     """Forward, and the gradients of all inputs."""
     shapes = floats(calls[0]())
-    upstream = [cotangents(maker, shapes) for maker in makers]
+    # a gradient comes in the layout of its output
+    upstream = [
+        [
+            torch.empty_like(y).copy_(c)
+            for c, y in zip(cotangents(maker, shapes), shapes, strict=True)
+        ]
+        for maker in makers
+    ]
 
     def call(i: int) -> Any:
         outputs = floats(form(*calls[i].args, **calls[i].keywords))

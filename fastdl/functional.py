@@ -31,6 +31,9 @@ from .ops.attention import (
 from .ops.attention_spellings import attention as _written_out  # noqa: F401 - fills SPELLINGS
 from .ops.glu import glu as glu
 from .ops.glu_spellings import gated as _gated  # noqa: F401 - fills SPELLINGS
+from .ops.batchnorm import batch_norm as batch_norm
+from .ops.groupnorm import group_norm as group_norm
+from .ops.instancenorm import instance_norm as instance_norm
 from .ops.layernorm import layer_norm as layer_norm
 from .ops.linear import linear as linear
 from .ops.mlp import gated_mlp as gated_mlp, mlp as mlp

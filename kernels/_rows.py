@@ -45,13 +45,19 @@ def row_mean(x, n_cols):
 
 
 @triton.jit
-def merge_moments(mean, m2, count, x, mask, n_new):
-    """Mean and summed squares of deviation of rows after n_new more columns (Chan's update)."""
-    new_mean = tl.sum(x, axis=1)[:, None] / n_new
-    deviation = tl.where(mask, x - new_mean, 0.0)
-    new_m2 = tl.sum(deviation * deviation, axis=1)[:, None]
+def combine(mean, m2, count, new_mean, new_m2, n_new):
+    """Mean and summed squares of deviation of two sets together (Chan's update)."""
     delta = new_mean - mean
     total = count + n_new
     mean += delta * (n_new / total)
     m2 += new_m2 + delta * delta * (count * n_new / total)
     return mean, m2, total
+
+
+@triton.jit
+def merge_moments(mean, m2, count, x, mask, n_new):
+    """Mean and summed squares of deviation of rows after n_new more columns."""
+    new_mean = tl.sum(x, axis=1)[:, None] / n_new
+    deviation = tl.where(mask, x - new_mean, 0.0)
+    new_m2 = tl.sum(deviation * deviation, axis=1)[:, None]
+    return combine(mean, m2, count, new_mean, new_m2, n_new)

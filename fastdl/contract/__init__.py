@@ -1,6 +1,17 @@
 """What every op must survive: its cases, and the checks that run on all of them."""
 
 from . import activation, attention, glu, layernorm, linear, rmsnorm, rotary
+from . import (
+    activation,
+    attention,
+    batchnorm,
+    groupnorm,
+    instancenorm,
+    layernorm,
+    linear,
+    rmsnorm,
+    rotary,
+)
 from .case import (
     DTYPES as DTYPES,
     BenchCase as BenchCase,
@@ -17,6 +28,9 @@ SPECS: dict[str, Spec] = {
         activation.SPEC,
         layernorm.SPEC,
         rmsnorm.SPEC,
+        groupnorm.SPEC,
+        batchnorm.SPEC,
+        instancenorm.SPEC,
         attention.SPEC,
         rotary.SPEC,
         glu.SPEC,

@@ -29,3 +29,15 @@ from .attention import (
 )
 from .linear import MLP as MLP, GatedMLP as GatedMLP, Linear as Linear
 from .norm import LayerNorm as LayerNorm, RMSNorm as RMSNorm
+from .linear import MLP as MLP, Linear as Linear
+from .norm import (
+    BatchNorm1d as BatchNorm1d,
+    BatchNorm2d as BatchNorm2d,
+    BatchNorm3d as BatchNorm3d,
+    GroupNorm as GroupNorm,
+    InstanceNorm1d as InstanceNorm1d,
+    InstanceNorm2d as InstanceNorm2d,
+    InstanceNorm3d as InstanceNorm3d,
+    LayerNorm as LayerNorm,
+    RMSNorm as RMSNorm,
+)

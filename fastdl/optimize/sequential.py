@@ -1,6 +1,8 @@
-"""nn.Sequential that runs a Linear, its activation and its dropout as one op."""
+"""nn.Sequential that runs as one op a Linear, its activation and its dropout, or a norm of channels
+and its activation.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,11 +10,19 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import nn as fused
 from ..nn._children import is_plain as is_plain, run_linear
+from ..nn.norm import run_batch_norm, run_group_norm
 from ..ops.activation import BY_MODULE
 
 ACTIVATIONS = frozenset(
     cls for cls in vars(fused).values() if isinstance(cls, type) and cls in BY_MODULE
 )
+
+_NORMS: dict[type, Callable[[Tensor, nn.Module, nn.Module], Tensor]] = {
+    fused.GroupNorm: run_group_norm,
+    fused.BatchNorm1d: run_batch_norm,
+    fused.BatchNorm2d: run_batch_norm,
+    fused.BatchNorm3d: run_batch_norm,
+}
 
 
 class Sequential(nn.Sequential):
@@ -39,16 +49,18 @@ class Sequential(nn.Sequential):
 
 def group_length(kinds: Sequence[type | None], start: int) -> int:
     """How many classes from `start` on are one op. None stands for a module that must be called."""
-    if kinds[start] is not fused.Linear:
+    first, end = kinds[start], start + 1
+    if first is not fused.Linear and first not in _NORMS:
         return 1
-    end = start + 1
     if end < len(kinds) and kinds[end] in ACTIVATIONS:
         end += 1
-    if end < len(kinds) and kinds[end] is fused.Dropout:
+    if first is fused.Linear and end < len(kinds) and kinds[end] is fused.Dropout:
         end += 1
     return end - start
 
 
-def _run_group(input: Tensor, linear: nn.Module, *rest: nn.Module) -> Tensor:
+def _run_group(input: Tensor, first: nn.Module, *rest: nn.Module) -> Tensor:
+    if type(first) in _NORMS:
+        return _NORMS[type(first)](input, first, *rest)
     dropout = rest[-1] if type(rest[-1]) is fused.Dropout else None
-    return run_linear(input, linear, None if rest[0] is dropout else rest[0], dropout)
+    return run_linear(input, first, None if rest[0] is dropout else rest[0], dropout)

@@ -33,10 +33,18 @@ def _reads_wide(spec: Specialisation, facts: Facts, target: Target) -> bool:
     return bool(facts.counts.get("loads16"))
 
 
+def _always(spec: Specialisation, facts: Facts, target: Target) -> bool:
+    return True
+
+
 EXCUSES = [
     Excuse(None, "spill", _few, "ptxas keeps registers free for one more program"),
     Excuse("attention_delta", "narrow", _reads_wide, "it stores one number a row"),
     Excuse("block_norms", "narrow", _reads_wide, "it stores one number a block"),
+    Excuse("channelnorm_moments", "narrow", _reads_wide, "it stores two numbers a channel"),
+    Excuse("channelnorm_sums", "narrow", _reads_wide, "it stores two numbers a channel"),
+    Excuse("channelnorm_merge", "narrow", _always, "its tensors are small"),
+    Excuse("channelnorm_merge_sums", "narrow", _always, "its tensors are small"),
 ]
 
 
