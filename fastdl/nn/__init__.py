@@ -28,3 +28,9 @@ from .attention import (
 )
 from .linear import MLP as MLP, Linear as Linear
 from .norm import LayerNorm as LayerNorm, RMSNorm as RMSNorm
+from .softmax import (
+    LogSoftmax as LogSoftmax,
+    Softmax as Softmax,
+    Softmax2d as Softmax2d,
+    Softmin as Softmin,
+)
