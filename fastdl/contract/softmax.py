@@ -44,7 +44,7 @@ CASES = [
     Case("channels", "columns, and outputs that are not channels_last", call(3, 5, 3, 4, dim=1, log=True, scale=0.5), core=True, spelled=True),
     Case("columns", "a tail of columns", call(3, 37, 11, dim=1), spelled=True),
     Case("first dimension", "columns without a batch", call(40, 6, dim=0, scale=-2.0), spelled=True),
-    Case("many rows", "several rows a program, and a tail", call(131, 24), spelled=True),
+    Case("many rows", "several rows a program, and a tail", call(51, 24), spelled=True),
     Case("wide", "rows beyond the registers, with a tail", call(5, 300, mean=30.0), spelled=True),
     Case("wide, all", "a first block of which nothing is seen", call(5, 300, log=True, scale=0.5, mask=(300,), seen=late)),
     Case("wide columns", "columns beyond the registers", call(2, 90, 9, dim=1, scale=0.5, mask=(90, 9)), spelled=True),

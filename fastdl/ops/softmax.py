@@ -103,8 +103,9 @@ def choose_columns(n: int, inner: int, device: Device) -> Config:
     """Tiles of whole columns while these fit in registers, with few columns at the least: they are
     what is read side by side. A thread has 16 elements, of the longest 32.
     """
-    small = device.backend == "interpreter"
-    tile, fewest, longest = (64, 4, 256) if small else (4096, 16, 16384)
+    # in the interpreter a column is soon long, and blocks are small while columns are
+    small = device.backend == "interpreter" and n < 1024
+    tile, fewest, longest = (128, 2, 128) if small else (4096, 16, 16384)
     block = power_of_2(n)
     rows = min(max(tile // block, fewest), 1024, power_of_2(inner))
     if rows * block > longest:
