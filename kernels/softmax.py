@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def place(inner, ROWS: tl.constexpr):
-    """Which outer index a program has, and which rows: their numbers, and whether they are there."""
+    """The outer index of a program, and its rows: their numbers, and whether they are there."""
     blocks = tl.cdiv(inner, ROWS)
     outer = (tl.program_id(0) // blocks).to(tl.int64)
     rows = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -50,7 +50,7 @@ def load_logits(x_ptr, x_offsets, mask_ptr, mask_offsets, in_rows, in_cols, scal
 
 @triton.jit
 def normalized(s, largest, total, LOG: tl.constexpr):
-    """The result, of the sum of exp(s - largest). NaN of s, and infinities that cancel, are in it."""
+    """The result, of the sum of exp(s - largest), which is NaN where s has one."""
     if LOG:
         return s - largest - tl.log(total)
     else:

@@ -69,9 +69,7 @@ EMPTY = [
 
 
 def bad(name: str, *args: Any, says: tuple[str, ...], **options: Any) -> BadCall:
-    return BadCall(
-        name, lambda: FF.softmax(*args, **options), lambda: F.softmax(*args), says
-    )
+    return BadCall(name, lambda: FF.softmax(*args, **options), lambda: F.softmax(*args), says)
 
 
 X = torch.ones(2, 4)

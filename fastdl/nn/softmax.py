@@ -31,7 +31,5 @@ class Softmax2d(nn.Softmax2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() not in (3, 4):
-            raise ValueError(
-                f"softmax2d: input has {input.dim()} dimensions, allowed are 3 and 4"
-            )
+            raise ValueError(f"softmax2d: input has {input.dim()} dimensions, allowed are 3 and 4")
         return F.softmax(input, -3, _stacklevel=5)

@@ -24,7 +24,7 @@ SOFTMAX_WIDE_BWD = Kernel("softmax_wide.softmax_wide_bwd")
 def definition(
     x: Tensor, mask: Tensor | None, dim: int, scale: float, fill: float, log: bool, widens: bool
 ) -> Tensor:
-    """softmax(s), or its logarithm, of s = x scale + mask, or of x scale with `fill` where a boolean
+    """softmax(s), or its logarithm, of s = x scale + mask, or x scale with `fill` where a boolean
     mask is False; `widens`: in float32, of less.
     """
     dtype = torch.promote_types(x.dtype, torch.float32) if widens else x.dtype
@@ -289,7 +289,7 @@ def _checked(op: str, input: Tensor, dim: Any, mask: Tensor | None, stacklevel: 
     """The dimension, counted from 0. Raises where it or the mask do not fit the input."""
     count = input.dim()
     if dim is None:
-        dim = F._get_softmax_dim(op, count, stacklevel + 1)
+        dim = F._get_softmax_dim(op, count, stacklevel + 1)  # type: ignore[attr-defined]
     if not isinstance(dim, int):
         raise TypeError(f"{op}: dim is {dim!r}, allowed is an int")
     if not -max(count, 1) <= dim < max(count, 1):
@@ -318,9 +318,9 @@ def _call(
         return _call(input[None], mask, dim, dtype, scale, fill, log=log)[0]
     if dtype is None and autocast_widens(input) and input.dtype in FUSED_DTYPES:
         dtype = torch.float32
-    # kernels widen, and float64 has to stay, for the truth; every other cast comes first
-    widens = dtype == torch.float32 and input.dtype in FUSED_DTYPES
-    if dtype is not None and not widens and input.dtype != torch.float64:
+    # kernels widen, and for the truth float64 does not narrow; every other cast comes first
+    widens = dtype == torch.float32 and input.dtype in (*FUSED_DTYPES, torch.float64)
+    if dtype is not None and not widens:
         input = input.to(dtype)
     y = OP(input, mask, dim, float(scale), float(fill), log, widens)
     return y if dtype is None else y.to(dtype)
