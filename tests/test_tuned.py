@@ -198,6 +198,8 @@ SIZES_OF = [
     ("layer_norm", (40,)),
     ("rms_norm", (40,)),
     ("rms_norm_backward", (40,)),
+    ("softmax", (40,)),
+    ("softmax_backward", (40,)),
     ("attention", (2, 16)),
     ("attention", (128, 16)),
     ("attention_dq", (20, 16)),

@@ -54,9 +54,9 @@ CASES = [
     Case("far from 0", "exponentials that overflow", call(9, 40, mean=200.0, spread=60.0)),
     Case("in float32", "a cast of the input", call(9, 40, dtype=torch.float32, scale=0.5), spelled=True),
     Case("bias", "a mask that is added, and its gradient over the batch", call(4, 3, 5, 20, bias=(3, 5, 20), scale=0.5), core=True, spelled=True),
-    Case("bias of columns", "a bias of another place in each sample", call(2, 6, 3, 5, dim=1, bias=(2, 1, 1, 5))),
+    Case("bias of columns", "a bias of another place in each sample", call(2, 6, 3, 5, dim=1, bias=(2, 6, 1, 5))),
     Case("mask of heads", "rows that share a mask with others", call(2, 3, 5, 20, log=True, mask=(2, 1, 5, 20)), spelled=True),
-    Case("mask of windows", "a mask that is broadcast more than the kernels follow", call(2, 3, 2, 5, 9, mask=(3, 1, 5, 9), bias=None)),
+    Case("mask of windows", "a mask that is broadcast more than the kernels follow", call(2, 3, 2, 5, 9, mask=(3, 1, 5, 9))),
     Case("hidden rows", "a fill that is finite, and gradients of what is hidden", call(9, 40, mask=(9, 40), seen=blind, fill=-1e4)),
     Case("wide, hidden rows", "gradients of what is hidden in long rows", call(6, 200, log=True, mask=(6, 200), seen=blind, fill=-1e4)),
 ]  # fmt: skip

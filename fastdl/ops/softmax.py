@@ -227,7 +227,9 @@ class SoftmaxFunction(torch.autograd.Function):
         widens: bool,
     ) -> Tensor:  # fmt: skip
         y = FORWARD.overload(x, mask, dim, scale, fill, log, widens)
-        ctx.save_for_backward(y, mask)
+        # of a mask that is added and has no gradient, backward needs nothing
+        reads = mask is not None and (mask.dtype == torch.bool or ctx.needs_input_grad[1])
+        ctx.save_for_backward(y, mask if reads else None)
         ctx.options = (dim, scale, log, x.dtype)
         return y
 
