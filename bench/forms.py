@@ -138,6 +138,16 @@ def torch_rotary(
     return (x * cos + rotated * sin).to(x.dtype)
 
 
+def torch_softmax(
+    input: Tensor, dim: int | None = None, dtype: Any = None, *, scale: float = 1.0,
+    mask: Tensor | None = None, fill: float = float("-inf"), softmax: Form = F.softmax,
+) -> Tensor:  # fmt: skip
+    s = input if scale == 1 else input * scale
+    if mask is not None:
+        s = s.masked_fill(~mask, fill) if mask.dtype == torch.bool else s + mask
+    return softmax(s, dim, dtype=dtype)
+
+
 # What a user writes without us.
 TORCH: dict[Any, Form] = {
     FF.linear: torch_linear,
@@ -146,6 +156,8 @@ TORCH: dict[Any, Form] = {
     FF.group_norm: torch_group_norm,
     FF.batch_norm: torch_batch_norm,
     FF.instance_norm: torch_instance_norm,
+    FF.softmax: torch_softmax,
+    FF.log_softmax: partial(torch_softmax, softmax=F.log_softmax),
     FF.activation: torch_activation,
     FF.dropout: F.dropout,
     FF.glu: torch_glu,

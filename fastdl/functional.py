@@ -42,3 +42,5 @@ from .ops.multi_head_attention import (
 )
 from .ops.rmsnorm import rms_norm as rms_norm
 from .ops.rotary import apply_rotary_emb as apply_rotary_emb
+from .ops.softmax import log_softmax as log_softmax, softmax as softmax, softmin as softmin
+from .ops.softmax_spellings import softmax_of_hidden as _hidden  # noqa: F401 - fills SPELLINGS

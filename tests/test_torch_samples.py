@@ -25,8 +25,11 @@ NAMES = [
     *("leaky_relu", "linear", "logsigmoid", "mish", "relu", "relu6", "rms_norm", "selu", "silu"),
     *("softplus", "scaled_dot_product_attention", "softsign", "tanhshrink"),
     *("batch_norm", "group_norm", "instance_norm"),
+    *("softmin", "softplus", "scaled_dot_product_attention", "softsign", "tanhshrink"),
 ]
 OURS = {f"nn.functional.{name}": getattr(FF, name) for name in NAMES}
+# these have samples as methods of a tensor
+OURS |= {name: getattr(FF, name) for name in ("softmax", "log_softmax")}
 INFOS = [info for info in op_db if info.name in OURS and not info.variant_test_name]
 
 

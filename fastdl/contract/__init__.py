@@ -12,6 +12,7 @@ from . import (
     rmsnorm,
     rotary,
 )
+from . import activation, attention, layernorm, linear, rmsnorm, rotary, softmax
 from .case import (
     DTYPES as DTYPES,
     BenchCase as BenchCase,
@@ -34,5 +35,6 @@ SPECS: dict[str, Spec] = {
         attention.SPEC,
         rotary.SPEC,
         glu.SPEC,
+        softmax.SPEC,
     )
 }

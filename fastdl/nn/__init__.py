@@ -40,4 +40,9 @@ from .norm import (
     InstanceNorm3d as InstanceNorm3d,
     LayerNorm as LayerNorm,
     RMSNorm as RMSNorm,
+from .softmax import (
+    LogSoftmax as LogSoftmax,
+    Softmax as Softmax,
+    Softmax2d as Softmax2d,
+    Softmin as Softmin,
 )

@@ -84,10 +84,12 @@ def autocast_to_lower(*tensors: Any) -> tuple[Any, ...]:
 
 def autocast_to_float32(*tensors: Any) -> tuple[Any, ...]:
     """What torch's autocast does to norms, softmax and losses; on a CPU, nothing."""
-    device = tensors[0].device.type
-    if device != "cuda" or not torch.is_autocast_enabled(device):
-        return tensors
-    return _cast(tensors, torch.float32)
+    return _cast(tensors, torch.float32) if autocast_widens(tensors[0]) else tensors
+
+
+def autocast_widens(tensor: Tensor) -> bool:
+    """Whether autocast wants of norms, softmax and losses to compute in float32."""
+    return tensor.device.type == "cuda" and torch.is_autocast_enabled("cuda")
 
 
 def _cast(tensors: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:

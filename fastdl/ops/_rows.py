@@ -1,4 +1,5 @@
-"""What norms of rows share: their configurations, their launches, and the check of their arguments.
+"""What norms of rows share: their configurations, which are those of softmax too, their launches,
+and the check of their arguments.
 
 RMS normalization is layer normalization without mean and bias: `mean` is None.
 """
@@ -19,23 +20,32 @@ LAYERNORM_WIDE_DX = Kernel("layernorm_wide.layernorm_wide_dx")
 LAYERNORM_WIDE_SUMS = Kernel("layernorm_wide.layernorm_wide_sums")
 
 
-def choose(op: str, n_cols: int, dtype: torch.dtype, device: Device) -> Config:
-    """Tiles of whole rows while they fit in registers, else ("wide") blocks of columns.
+# The longest rows that stay in registers. Backward of a norm holds sums of columns beside its rows,
+# up to four; that of softmax holds two rows.
+LONGEST = {
+    "layer_norm": 32768,
+    "layer_norm_backward": 8192,
+    "rms_norm": 32768,
+    "rms_norm_backward": 8192,
+    "softmax": 32768,
+    "softmax_backward": 16384,
+}
 
-    Backward holds sums of columns beside its rows, up to four, so its rows are shorter. A thread
+
+def choose(op: str, n_cols: int, dtype: torch.dtype, device: Device) -> Config:
+    """Tiles of whole rows while they fit in registers, else ("wide") blocks of columns. A thread
     has 16 elements.
     """
-    backward = op.endswith("_backward")
-    return _tuned.lookup(op, dtype, (n_cols,), device) or _rule(n_cols, device, backward)
+    return _tuned.lookup(op, dtype, (n_cols,), device) or _rule(n_cols, device, LONGEST[op])
 
 
 @functools.lru_cache(maxsize=1024)
-def _rule(n_cols: int, device: Device, backward: bool) -> Config:
+def _rule(n_cols: int, device: Device, longest: int) -> Config:
     # in the interpreter a row is soon long, and blocks are small while rows are
     small = device.backend == "interpreter"
-    if n_cols > (128 if small else 8192 if backward else 32768):
-        block = 64 if small and n_cols < 1024 else 2048 if backward else 8192
-        return Config({"BLOCK": block}, 4 if backward else 16, 1, "wide")
+    if n_cols > (128 if small else longest):
+        block = longest // 4
+        return Config({"BLOCK": 64 if small and n_cols < 1024 else block}, block // 512, 1, "wide")
     block, tile = power_of_2(n_cols), 128 if small else 4096
     rows = max(1, min(tile // block, 16))
     warps = min(max(rows * block // 512, 1), 16)
@@ -76,9 +86,8 @@ def _shared_out(elements: int, warps: int, least: bool = False) -> bool:
     return each <= 32 and (each >= 8 or (least and warps == 1))
 
 
-for _op in ("layer_norm", "rms_norm"):
-    _tuned.CANDIDATES[_op] = _candidates(32768)
-    _tuned.CANDIDATES[f"{_op}_backward"] = _candidates(8192)
+for _op, _longest in LONGEST.items():
+    _tuned.CANDIDATES[_op] = _candidates(_longest)
 
 
 def as_rows(x: Tensor, dims: int) -> Tensor:

@@ -99,9 +99,9 @@ def tune(
 ) -> Report:
     """Find the fastest configurations for `shapes` and write them to the user's table, or `path`.
 
-    Shapes are (M, N, K) for "linear", (columns,) for norms and their backward passes, and
+    Shapes are (M, N, K) for "linear", (columns,) for norms, softmax and their backward passes, and
     (rows, columns) for "attention": queries of the heads that share keys, and columns of a head.
-    Where torch is faster at a product or a norm, the table says so, and the op runs in torch.
+    Where torch is faster at a product, a norm or softmax, the table says so: the op runs in torch.
     """
     plan = _plan(ops, shapes, dtypes)
     device = this_gpu()
@@ -300,14 +300,14 @@ def _linear(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
 def _norm(
     op: str, factors: int, dtype: torch.dtype, sizes: tuple[int, ...], device: str
 ) -> Problem:
-    """A norm with so many factors: a weight, and a bias."""
+    """A norm with so many factors: a weight, and a bias. Softmax has none."""
     x, *rest = _norm_inputs(factors, dtype, sizes, device)
-    fused, torchs = getattr(FF, op), getattr(F, op)
+    fused, torchs, over = getattr(FF, op), getattr(F, op), _over(op, sizes)
     return Problem(
         op, dtype, sizes,
-        lambda: fused(x, sizes, *rest),
-        lambda: torchs(x, sizes, *rest),
-        lambda: torchs(x.double(), sizes, *(t.double() for t in rest)),
+        lambda: fused(x, over, *rest),
+        lambda: torchs(x, over, *rest),
+        lambda: torchs(x.double(), over, *(t.double() for t in rest)),
     )  # fmt: skip
 
 
@@ -321,7 +321,7 @@ def _norm_backward(
         leaves = [t.double() if wide else t for t in inputs]
         leaves = [t.detach().requires_grad_() for t in leaves]
         with torch.enable_grad(), policy("fused" if home is FF else "auto"):
-            y = getattr(home, op)(leaves[0], sizes, *leaves[1:])
+            y = getattr(home, op)(leaves[0], _over(op, sizes), *leaves[1:])
         return lambda: torch.autograd.grad(y, leaves, dy.to(y.dtype), retain_graph=True)
 
     return Problem(
@@ -329,6 +329,11 @@ def _norm_backward(
         gradients(FF), gradients(F), gradients(F, wide=True),
         replaceable=False,
     )  # fmt: skip
+
+
+def _over(op: str, sizes: tuple[int, ...]) -> Any:
+    """How an op is told to go over rows of this size."""
+    return -1 if op == "softmax" else sizes
 
 
 def _norm_inputs(
@@ -416,6 +421,8 @@ PROBLEMS: dict[str, Callable[[torch.dtype, tuple[int, ...], str], Problem]] = {
     "layer_norm_backward": functools.partial(_norm_backward, "layer_norm", 2),
     "rms_norm": functools.partial(_norm, "rms_norm", 1),
     "rms_norm_backward": functools.partial(_norm_backward, "rms_norm", 1),
+    "softmax": functools.partial(_norm, "softmax", 0),
+    "softmax_backward": functools.partial(_norm_backward, "softmax", 0),
     "attention": _attention,
     "attention_dq": functools.partial(_attention_backward, "attention_dq", slice(0, 1)),
     "attention_dkdv": functools.partial(_attention_backward, "attention_dkdv", slice(1, 3)),
@@ -434,6 +441,8 @@ DEFAULTS: dict[str, list[tuple[int, ...]]] = {
     "layer_norm_backward": _WIDTHS,
     "rms_norm": _WIDTHS,
     "rms_norm_backward": _WIDTHS,
+    "softmax": _WIDTHS,
+    "softmax_backward": _WIDTHS,
     "attention": [(1, 128), (4, 128), (8, 128), (MANY, 64), (MANY, 128)],
     "attention_dq": [(MANY, 64), (MANY, 128)],
     "attention_dkdv": [(MANY, 64), (MANY, 128)],
