@@ -91,6 +91,7 @@ TORCH: dict[Any, Form] = {
     FF.activation: torch_activation,
     FF.dropout: F.dropout,
     FF.apply_rotary_emb: torch_rotary,
+    FF.embedding: F.embedding,
     FF.scaled_dot_product_attention: torch_attention,
     FF.varlen_attn: torch_varlen,
 }

@@ -26,5 +26,6 @@ from .attention import (
     TransformerDecoderLayer as TransformerDecoderLayer,
     TransformerEncoderLayer as TransformerEncoderLayer,
 )
+from .embedding import Embedding as Embedding
 from .linear import MLP as MLP, Linear as Linear
 from .norm import LayerNorm as LayerNorm, RMSNorm as RMSNorm
