@@ -11,11 +11,13 @@ op_db = pytest.importorskip(
 ).op_db
 
 NAMES = [
-    *("celu", "dropout", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "layer_norm"),
+    *("celu", "dropout", "elu", "embedding", "gelu", "hardsigmoid", "hardswish", "hardtanh", "layer_norm"),
     *("leaky_relu", "linear", "logsigmoid", "mish", "relu", "relu6", "rms_norm", "selu", "silu"),
     *("softplus", "scaled_dot_product_attention", "softsign", "tanhshrink"),
 ]
 OURS = {f"nn.functional.{name}": getattr(FF, name) for name in NAMES}
+# torch's samples have the table first
+OURS["nn.functional.embedding"] = lambda weight, ids, **given: FF.embedding(ids, weight, **given)
 INFOS = [info for info in op_db if info.name in OURS and not info.variant_test_name]
 
 

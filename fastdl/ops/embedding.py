@@ -37,30 +37,38 @@ def choose(n_ids: int, n_cols: int, device: Device) -> Config:
     """32 elements a thread: several 16-byte loads are under way while indices arrive."""
     small = device.backend == "interpreter"
     block = min(power_of_2(n_cols), 32 if small else 2048)
-    rows = max((128 if small else 4096) // block, 1)
+    rows = max((512 if small else 4096) // block, 1)
     columns = cdiv(n_cols, block)
     while rows > 1 and cdiv(n_ids, rows) * columns < 2 * device.sms:
         rows //= 2
-    return Config({"ROWS": rows, "BLOCK": block}, max(min(rows * block // 1024, 4), 1), 1)
+    return Config({"ROWS": rows, "BLOCK": block}, _warps(rows * block), 1)
 
 
 def choose_backward(n_ids: int, n_cols: int, device: Device) -> tuple[Config, Config]:
-    """For chunks and for rows of the table. 32 elements a thread; those of a row past its first one
-    are summed four at a time.
+    """For chunks and for rows of the table. 16 to 32 elements a thread, of which several are of one
+    run.
 
-    With chunks of √n no run has more than √n of them, nor more than that outside of them.
+    A run has at most two chunks' worth of positions outside of whole chunks. With √n / 4 a chunk
+    that is about as many as the chunks of the commonest of words.
     """
     small = device.backend == "interpreter"
-    tile, pos = (128, 2) if small else (4096, 4)
-    chunk = max(power_of_2(math.isqrt(n_ids)), 8 if small else 64)
+    chunk = max(power_of_2(math.isqrt(n_ids) // 4), 8 if small else 32)
     block = min(power_of_2(n_cols), 32 if small else 1024)
-    most = max(min(tile // block, chunk), 1)
-    chunks = {"CHUNK": chunk, "POS": most, "BLOCK": block}
-    rows = {"CHUNK": chunk, "ROWS": max(tile // block // pos, 1), "POS": pos, "BLOCK": block}
+    pos = 2 if small else 4 if block >= 512 else 8
+    rows = max((256 if small else 2048) // block // pos, 1)
+    most = min(max((256 if small else 4096) // block, 1), chunk)
     return (
-        Config(chunks, max(min(most * block // 1024, 4), 1), 1),
-        Config(rows, max(min(rows["ROWS"] * pos * block // 1024, 4), 1), 1),
+        Config({"CHUNK": chunk, "POS": most, "BLOCK": block}, _warps(most * block), 1),
+        Config(
+            {"CHUNK": chunk, "ROWS": rows, "POS": pos, "BLOCK": block},
+            _warps(rows * pos * block),
+            1,
+        ),
     )
+
+
+def _warps(elements: int) -> int:
+    return max(min(elements // 512, 4), 1)
 
 
 def _like(weight: Tensor, ids: Tensor) -> Tensor:
