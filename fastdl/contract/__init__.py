@@ -1,6 +1,6 @@
 """What every op must survive: its cases, and the checks that run on all of them."""
 
-from . import activation, attention, embedding, layernorm, linear, rmsnorm, rotary
+from . import activation, attention, embedding, layernorm, linear, losses, rmsnorm, rotary
 from .case import (
     DTYPES as DTYPES,
     BenchCase as BenchCase,
@@ -19,5 +19,6 @@ SPECS: dict[str, Spec] = {
         attention.SPEC,
         rotary.SPEC,
         embedding.SPEC,
+        losses.SPEC,
     )
 }

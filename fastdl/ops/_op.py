@@ -84,10 +84,13 @@ def autocast_to_lower(*tensors: Any) -> tuple[Any, ...]:
 
 def autocast_to_float32(*tensors: Any) -> tuple[Any, ...]:
     """What torch's autocast does to norms, softmax and losses; on a CPU, nothing."""
-    device = tensors[0].device.type
-    if device != "cuda" or not torch.is_autocast_enabled(device):
-        return tensors
-    return _cast(tensors, torch.float32)
+    return _cast(tensors, torch.float32) if autocasts_to_float32(tensors[0]) else tensors
+
+
+def autocasts_to_float32(tensor: Tensor) -> bool:
+    """Whether autocast does so just now where the tensor is."""
+    device = tensor.device.type
+    return device == "cuda" and torch.is_autocast_enabled(device)
 
 
 def _cast(tensors: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
