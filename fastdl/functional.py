@@ -40,7 +40,7 @@ from .ops.attention_spellings import attention as _written_out  # noqa: F401 - f
 from .ops.embedding import embedding as embedding
 from .ops.layernorm import layer_norm as layer_norm
 from .ops.linear import linear as linear
-from .ops.losses import (
+from .ops.loss_functions import (
     binary_cross_entropy_with_logits as binary_cross_entropy_with_logits,
     huber_loss as huber_loss,
     kl_div as kl_div,

@@ -95,9 +95,7 @@ def embedding_bwd(
         chunks = tl.where(end > chunk, end - chunk, 0)
         skip_from = tl.where(chunks > 0, chunk * CHUNK, last)
         skip = chunks * CHUNK
-        total = sum_rows(
-            sums_ptr, None, chunk, end, skip, chunks, cols, n_cols, ROWS, POS, BLOCK
-        )
+        total = sum_rows(sums_ptr, None, chunk, end, skip, chunks, cols, n_cols, ROWS, POS, BLOCK)
         total += sum_rows(
             dy_ptr, order_ptr, first, skip_from, skip, count - skip, cols, n_cols, ROWS, POS, BLOCK
         )

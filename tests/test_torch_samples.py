@@ -11,9 +11,20 @@ op_db = pytest.importorskip(
 ).op_db
 
 NAMES = [
-    *("celu", "dropout", "elu", "embedding", "gelu", "hardsigmoid", "hardswish", "hardtanh", "layer_norm"),
+    *(
+        "celu",
+        "dropout",
+        "elu",
+        "embedding",
+        "gelu",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "layer_norm",
+    ),
     *("leaky_relu", "linear", "logsigmoid", "mish", "relu", "relu6", "rms_norm", "selu", "silu"),
-    *("softplus", "scaled_dot_product_attention", "softsign", "tanhshrink"),
+    *("binary_cross_entropy_with_logits", "huber_loss", "kl_div", "l1_loss", "mse_loss"),
+    *("smooth_l1_loss", "softplus", "scaled_dot_product_attention", "softsign", "tanhshrink"),
 ]
 OURS = {f"nn.functional.{name}": getattr(FF, name) for name in NAMES}
 # torch's samples have the table first

@@ -78,7 +78,7 @@ def _like(weight: Tensor, ids: Tensor) -> Tensor:
 def _forward(weight: Tensor, ids: Tensor) -> Tensor:
     y = _like(weight, ids)
     n_rows, n_cols = weight.shape
-    if ids.device.type == "cpu" and not (0 <= ids.min() and ids.max() < n_rows):
+    if ids.device.type == "cpu" and not (ids.min() >= 0 and ids.max() < n_rows):
         raise IndexError(
             f"embedding: an index is out of range: they are {int(ids.min())} to {int(ids.max())},"
             f" the table has {n_rows} rows"
@@ -107,9 +107,7 @@ def _like_backward(
     return dy.new_empty((n_rows, dy.shape[-1]))
 
 
-def _backward(
-    dy: Tensor, ids: Tensor, n_rows: int, padding: int | None, by_freq: bool
-) -> Tensor:
+def _backward(dy: Tensor, ids: Tensor, n_rows: int, padding: int | None, by_freq: bool) -> Tensor:
     dweight = _like_backward(dy, ids, n_rows, padding, by_freq)
     dy, n_cols, n_ids = dy.contiguous(), dy.shape[-1], ids.numel()
     for_chunks, for_rows = choose_backward(n_ids, n_cols, device_of(dy))
@@ -147,9 +145,7 @@ def _torch_backward(
     return gradients(definition, args, dy, [True])[0].contiguous()
 
 
-FORWARD = LibraryOp(
-    "embedding", _forward, like=_like, torch_form=_torch_forward, decline=_decline
-)
+FORWARD = LibraryOp("embedding", _forward, like=_like, torch_form=_torch_forward, decline=_decline)
 BACKWARD = LibraryOp(
     "embedding_backward", _backward,
     like=_like_backward, torch_form=_torch_backward, decline=_decline,

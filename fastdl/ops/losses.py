@@ -4,23 +4,17 @@ Forward reads input and target once; so does backward, which writes the gradient
 forward left would have to be read, scaled and written again, which is as much, and rounded twice.
 """
 
-import inspect
-import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import _reduction
 
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
 from ._op import (
-    SPELLINGS,
     LibraryOp,
     Op,
-    Spelling,
     autocasts_to_float32,
     differentiating,
     gradients,
@@ -31,8 +25,6 @@ from ._route import Reason
 LOSS_FWD = Kernel("losses.loss_fwd")
 LOSS_TOTAL = Kernel("losses.loss_total")
 LOSS_BWD = Kernel("losses.loss_bwd")
-
-REDUCTIONS = ("none", "mean", "sum")
 
 # Each loss, element by element; `a` is its parameter.
 _EACH: dict[str, Callable[..., Tensor]] = {
@@ -49,8 +41,8 @@ def definition(
     x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None,
     loss: str, a: float, reduction: str, wide: bool,
 ) -> Tensor:  # fmt: skip
-    """The loss of x at target t times the weight, reduced. The mean of "weighted" is over the sum of
-    the weights. `wide` is autocast's: in float32, whatever comes.
+    """The loss of x at target t times the weight, reduced. "weighted" is a mean over the sum of the
+    weights. `wide` is autocast's: in float32, whatever comes.
     """
     if wide:
         x, t, weight, pos_weight = map(_widened, (x, t, weight, pos_weight))
@@ -119,7 +111,7 @@ class Flat(NamedTuple):
     @classmethod
     def as_is(cls, x: Tensor) -> "Flat":
         """The order of dimensions of x, or of what a copy of x would have."""
-        order = sorted(range(x.dim()), key=lambda i: -x.stride(i))
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
         if not x.permute(order).is_contiguous():
             order = list(range(x.dim()))
         return cls(order, [x.shape[i] for i in order])
@@ -129,8 +121,8 @@ class Flat(NamedTuple):
         return tensor.permute(self.order).contiguous()
 
     def factor(self, tensor: Tensor | None) -> tuple[Tensor | None, int | None, int | None]:
-        """A tensor that broadcasts: how many neighbours share an element, and how many elements come
-        round again, which is None for one that is as large as the others.
+        """A tensor that broadcasts: how many neighbours share an element, and how many elements
+        come round again, which is None for one that is as large as the others.
         """
         if tensor is None:
             return None, None, None
@@ -161,7 +153,7 @@ def _period(tensor: Tensor) -> tuple[int, int] | None:
 
 
 def _divisor(x: Tensor, weight: Tensor | None, reduction: str) -> float:
-    """What a sum is divided by; of "weighted", in units of the sum of the weights of all elements."""
+    """What a sum is divided by; of "weighted", in units of the sum of all elements' weights."""
     if reduction == "weighted":
         assert weight is not None
         return weight.numel() / x.numel()
@@ -215,7 +207,7 @@ def _like_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     like = x if needs[0] else t
     return tuple(  # type: ignore[return-value]
-        torch.empty_like(like, dtype=z.dtype) if need else None  # type: ignore[arg-type]
+        torch.empty_like(like, dtype=z.dtype) if need else None
         for z, need in zip((x, t), needs, strict=True)
     )
 
@@ -225,9 +217,7 @@ def _backward(
     divisor: Tensor, loss: str, a: float, reduction: str, wide: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     reduced, n = reduction != "none", x.numel()
-    dx, dt = _like_backward(
-        dy, x, t, weight, pos_weight, divisor, loss, a, reduction, wide, needs
-    )
+    dx, dt = _like_backward(dy, x, t, weight, pos_weight, divisor, loss, a, reduction, wide, needs)
     flat = Flat.as_is(dx if needs[0] else dt)
     (of_weight, *weights), (of_pos, *poses) = flat.factor(weight), flat.factor(pos_weight)
     config = choose(n, device_of(x))
@@ -308,227 +298,9 @@ def _needs_torch(
 OP = Op("loss", definition, LossFunction, _inference, decline=_needs_torch)
 
 
-def _reduced(
-    op: str, size_average: bool | None, reduce: bool | None, reduction: str,
-    allowed: tuple[str, ...] = REDUCTIONS,
-) -> str:  # fmt: skip
-    """The reduction by its name, the deprecated arguments heard."""
-    if size_average is not None or reduce is not None:
-        return _reduction.legacy_get_string(size_average, reduce)
-    if reduction == "elementwise_mean":
-        _reduction.get_enum(reduction)  # warns
-        return "mean"
-    if reduction not in allowed:
-        raise ValueError(f"{op}: reduction is {reduction!r}, allowed are {', '.join(allowed)}")
-    return reduction
-
-
-def _together(op: str, input: Tensor, target: Tensor, warn: bool = True) -> tuple[Tensor, Tensor]:
-    """Both in the shape that they broadcast to, of which torch warns."""
-    if input.shape == target.shape:
-        return input, target
-    sizes = zip(reversed(input.shape), reversed(target.shape), strict=False)
-    if not all(m == n or m == 1 or n == 1 for m, n in sizes):
-        raise RuntimeError(
-            f"{op}: input is {tuple(input.shape)}, target is {tuple(target.shape)};"
-            " they must be of one shape, or broadcast to one"
-        )
-    if warn:
-        warnings.warn(
-            f"{op}: input is {tuple(input.shape)}, target is {tuple(target.shape)}: they are"
-            " broadcast, which is seldom meant",
-            stacklevel=3,
-        )
-    input, target = torch.broadcast_tensors(input, target)
-    return input, target
-
-
-def _check_weight(op: str, input: Tensor, weight: Tensor | None) -> None:
-    if weight is not None and weight.shape != input.shape:
-        raise ValueError(
-            f"{op}: input is {tuple(input.shape)}, weight is {tuple(weight.shape)};"
-            " they must be of one shape"
-        )
-
-
-def _pointwise(
+def pointwise(
     x: Tensor, t: Tensor, loss: str, reduction: str, a: float = 0.0,
     weight: Tensor | None = None, pos_weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """The loss of tensors of one shape, arguments checked before."""
     return OP(x, t, weight, pos_weight, loss, float(a), reduction, autocasts_to_float32(x))
-
-
-def mse_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    """(input - target)² times the weight. The mean of weighted errors is over the sum of weights."""
-    reduction = _reduced("mse_loss", size_average, reduce, reduction)
-    x, t = _together("mse_loss", input, target)
-    return _weighted("mse_loss", "mse", input, x, t, weight, reduction)
-
-
-def l1_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    """|input - target| times the weight. The mean of weighted errors is over the sum of weights."""
-    reduction = _reduced("l1_loss", size_average, reduce, reduction)
-    x, t = _together("l1_loss", input, target)
-    return _weighted("l1_loss", "l1", input, x, t, weight, reduction)
-
-
-def _weighted(
-    op: str, loss: str, input: Tensor, x: Tensor, t: Tensor, weight: Tensor | None, reduction: str
-) -> Tensor:
-    _check_weight(op, input, weight)
-    if weight is not None and reduction == "mean":
-        reduction = "weighted"
-    return _pointwise(x, t, loss, reduction, weight=weight)
-
-
-def smooth_l1_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    beta: float = 1.0,
-) -> Tensor:
-    """d² / (2 beta) of the error d where |d| < beta, else |d| - beta / 2."""
-    reduction = _reduced("smooth_l1_loss", size_average, reduce, reduction)
-    if beta < 0:
-        raise RuntimeError(f"smooth_l1_loss: beta is {beta}, it must not be negative")
-    x, t = _together("smooth_l1_loss", input, target)
-    return _pointwise(x, t, "smooth_l1" if beta else "l1", reduction, beta)
-
-
-def huber_loss(
-    input: Tensor,
-    target: Tensor,
-    reduction: str = "mean",
-    delta: float = 1.0,
-    weight: Tensor | None = None,
-) -> Tensor:
-    """d² / 2 of the error d where |d| <= delta, else delta (|d| - delta / 2), times the weight."""
-    reduction = _reduced("huber_loss", None, None, reduction)
-    if delta <= 0:
-        raise RuntimeError(f"huber_loss: delta is {delta}, it must be positive")
-    x, t = _together("huber_loss", input, target)
-    _check_weight("huber_loss", input, weight)
-    return _pointwise(x, t, "huber", reduction, delta, weight)
-
-
-def kl_div(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    log_target: bool = False,
-) -> Tensor:
-    """target (log(target) - input), input a logarithm, target one too with `log_target`.
-
-    "batchmean" is the sum over the size of the first dimension.
-    """
-    legacy = size_average is not None or reduce is not None
-    reduction = _reduced(
-        "kl_div", size_average, reduce, reduction, ("none", "batchmean", "mean", "sum")
-    )
-    if reduction == "mean" and not legacy:
-        warnings.warn(
-            "kl_div: reduction is 'mean', which is over all elements: the divergence is 'batchmean'",
-            stacklevel=2,
-        )
-    if input.dtype != target.dtype and 0 in (input.dim(), target.dim()):
-        dtype = torch.result_type(input, target)
-        input, target = input.to(dtype), target.to(dtype)
-    x, t = _together("kl_div", input, target, warn=False)
-    loss = "kl_log" if log_target else "kl"
-    if reduction != "batchmean" or x.shape == input.shape:
-        return _pointwise(x, t, loss, reduction if input.dim() or reduction != "batchmean" else "sum")
-    total = _pointwise(x, t, loss, "sum")
-    return total / input.shape[0] if input.dim() else total
-
-
-def binary_cross_entropy_with_logits(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    pos_weight: Tensor | None = None,
-) -> Tensor:
-    """-(pos_weight target log σ(input) + (1 - target) log(1 - σ(input))), times the weight."""
-    op = "binary_cross_entropy_with_logits"
-    reduction = _reduced(op, size_average, reduce, reduction)
-    if input.shape != target.shape:
-        raise ValueError(
-            f"{op}: input is {tuple(input.shape)}, target is {tuple(target.shape)};"
-            " they must be of one shape"
-        )
-    for name, factor in (("weight", weight), ("pos_weight", pos_weight)):
-        if factor is not None and not _broadcasts(factor, input):
-            raise RuntimeError(
-                f"{op}: input is {tuple(input.shape)}, {name} is {tuple(factor.shape)};"
-                f" {name} must broadcast to input"
-            )
-    return _pointwise(input, target, "bce", reduction, weight=weight, pos_weight=pos_weight)
-
-
-def _broadcasts(factor: Tensor, x: Tensor) -> bool:
-    sizes = zip(reversed(factor.shape), reversed(x.shape), strict=False)
-    return factor.dim() <= x.dim() and all(m == n or m == 1 for m, n in sizes)
-
-
-def loss_of_difference(input: Tensor, target: Tensor, loss: str, reduction: str) -> Tensor:
-    """A loss as it is when people write it out: nobody is warned of shapes."""
-    x, t = _together("loss", input, target, warn=False)
-    return _pointwise(x, t, loss, reduction)
-
-
-def _spell(torchs: Callable[..., Any], ours: Callable[..., Any]) -> Spelling:
-    """torch's function, with all of its arguments, and ours, which has the same."""
-
-    def pattern(*args: Any) -> Any:
-        return torchs(*args)
-
-    names = inspect.signature(torchs).parameters
-    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    signature = inspect.Signature([inspect.Parameter(name, positional) for name in names])
-    pattern.__signature__ = signature  # type: ignore[attr-defined]
-    return Spelling(pattern, lambda **given: partial(ours, **given))
-
-
-def _spell_out(difference: Callable[[Any], Any], loss: str, reduction: str) -> Spelling:
-    """The loss of a difference written out, and its mean or sum."""
-
-    def pattern(input: Any, target: Any) -> Any:
-        return getattr(difference(input - target), reduction)()
-
-    options = {"loss": loss, "reduction": reduction}
-    return Spelling(pattern, lambda **given: partial(loss_of_difference, **given, **options))
-
-
-SPELLINGS.extend(
-    _spell(getattr(F, ours.__name__), ours)
-    for ours in (
-        mse_loss, l1_loss, smooth_l1_loss, huber_loss, kl_div, binary_cross_entropy_with_logits,
-    )
-)  # fmt: skip
-SPELLINGS.extend(
-    _spell_out(difference, loss, reduction)
-    for difference, loss in (
-        (lambda d: d.pow(2), "mse"), (lambda d: d * d, "mse"), (lambda d: d.abs(), "l1"),
-    )
-    for reduction in ("mean", "sum")
-)  # fmt: skip

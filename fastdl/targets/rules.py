@@ -33,9 +33,16 @@ def _reads_wide(spec: Specialisation, facts: Facts, target: Target) -> bool:
     return bool(facts.counts.get("loads16"))
 
 
+def _leaves_sums(spec: Specialisation, facts: Facts, target: Target) -> bool:
+    y = spec.args[4]
+    return y == "none" and _reads_wide(spec, facts, target)
+
+
 EXCUSES = [
     Excuse(None, "spill", _few, "ptxas keeps registers free for one more program"),
     Excuse("attention_delta", "narrow", _reads_wide, "it stores one number a row"),
+    Excuse("loss_fwd", "narrow", _leaves_sums, "it stores one number a program"),
+    Excuse("loss_total", "narrow", _reads_wide, "it stores one number"),
 ]
 
 
