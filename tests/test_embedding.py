@@ -65,3 +65,16 @@ def test_tied_weights(device):
         (embedding(ids, w) @ w.T).logsumexp(-1).sum().backward()
         grads.append(w.grad)
     torch.testing.assert_close(*grads)
+
+
+def test_no_row_is_read_that_is_not_there(device, monkeypatch):
+    """As on a GPU, where nobody looks before: rows of NaN, and no gradient from them."""
+    monkeypatch.setattr("fastdl.ops.embedding._check_range", lambda ids, n_rows: None)
+    ids = torch.tensor([4, 1, -1], device=device)
+    w = torch.arange(30.0, device=device).view(10, 3)[3:7].requires_grad_()
+    with fastdl.policy("fused", on_fallback="error"):
+        y = FF.embedding(ids, w)
+        (dw,) = torch.autograd.grad(y, w, torch.ones_like(y))
+    assert y.isnan().all(1).tolist() == [True, False, True]
+    assert y[1].equal(w[1])
+    assert dw.sum(1).tolist() == [0, 3, 0, 0]

@@ -139,11 +139,16 @@ N = 1 << 26
 
 
 def bench(op: Any, words: str = "", backward: bool = False, **options: Any) -> BenchCase:
-    """Forward reads two; backward reads them and writes one. The target is frozen."""
+    """Forward reads two; backward reads them and writes one. The target takes no gradient."""
     name = " ".join(filter(None, (f"64M {op.__name__}", words, "backward" if backward else "")))
-    each = options.get("reduction") == "none"
+    each, columns = options.get("reduction") == "none", options.pop("columns", False)
     tensors = (3 if each else 2) + ((4 if each else 3) if backward else 0)
-    make = call(op, N // 4096, 4096, like=SHARE, frozen=True, **options)
+
+    def make(t: Maker) -> "partial[Any]":
+        x = t(N // 4096, 4096)
+        given = {**options, "pos_weight": factors(t, 4096)} if columns else options
+        return partial(op, x, t.values(x.shape, *SHARE), **given)
+
     return BenchCase(name, make, 2 * tensors * N, 0, backward=backward)
 
 
@@ -177,6 +182,6 @@ SPEC = Spec(
         bench(FF.huber_loss, "each", reduction="none"),
         bench(FF.kl_div, backward=True, reduction="batchmean"),
         bench(FF.binary_cross_entropy_with_logits, backward=True),
-        bench(FF.binary_cross_entropy_with_logits, "pos_weight", backward=True, pos_weight=(4096,)),
+        bench(FF.binary_cross_entropy_with_logits, "pos_weight", backward=True, columns=True),
     ],
 )  # fmt: skip

@@ -78,11 +78,8 @@ def _like(weight: Tensor, ids: Tensor) -> Tensor:
 def _forward(weight: Tensor, ids: Tensor) -> Tensor:
     y = _like(weight, ids)
     n_rows, n_cols = weight.shape
-    if ids.device.type == "cpu" and not (ids.min() >= 0 and ids.max() < n_rows):
-        raise IndexError(
-            f"embedding: an index is out of range: they are {int(ids.min())} to {int(ids.max())},"
-            f" the table has {n_rows} rows"
-        )
+    if ids.device.type == "cpu":
+        _check_range(ids, n_rows)
     config = choose(ids.numel(), n_cols, device_of(weight))
     launch(
         EMBEDDING_FWD, (cdiv(ids.numel(), config["ROWS"]), cdiv(n_cols, config["BLOCK"])),
@@ -91,6 +88,15 @@ def _forward(weight: Tensor, ids: Tensor) -> Tensor:
         config=config,
     )  # fmt: skip
     return y
+
+
+def _check_range(ids: Tensor, n_rows: int) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= n_rows:
+        raise IndexError(
+            f"embedding: an index is out of range: they are {low} to {high}, the table has {n_rows}"
+            " rows"
+        )
 
 
 def _torch_forward(weight: Tensor, ids: Tensor) -> Tensor:
