@@ -56,6 +56,16 @@ def test_options_of_torch(option, device):
     assert [d.reason.name for d in said.decisions if d.reason] == ["OPTION"]
 
 
+@pytest.mark.parametrize("padding_idx", [0, 4, -1, -5])
+def test_padding_is_the_row_that_torch_takes(padding_idx, device):
+    ids, grads = torch.arange(5, device=device), []
+    for embedding in (FF.embedding, F.embedding):
+        w = torch.ones(5, 3, device=device, requires_grad=True)
+        embedding(ids, w, padding_idx).sum().backward()
+        grads.append(w.grad)
+    assert torch.equal(*grads)
+
+
 def test_tied_weights(device):
     """A table that is also the last layer gets the sum of both gradients."""
     ids = torch.tensor([[1, 3, 3]], device=device)
