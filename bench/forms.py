@@ -163,6 +163,13 @@ TORCH: dict[Any, Form] = {
     FF.glu: torch_glu,
     FF.gated_mlp: torch_gated_mlp,
     FF.apply_rotary_emb: torch_rotary,
+    FF.embedding: F.embedding,
+    FF.mse_loss: F.mse_loss,
+    FF.l1_loss: F.l1_loss,
+    FF.smooth_l1_loss: F.smooth_l1_loss,
+    FF.huber_loss: F.huber_loss,
+    FF.kl_div: F.kl_div,
+    FF.binary_cross_entropy_with_logits: F.binary_cross_entropy_with_logits,
     FF.scaled_dot_product_attention: torch_attention,
     FF.varlen_attn: torch_varlen,
 }

@@ -1,5 +1,13 @@
 """The fused ops, under the names and signatures of torch.nn.functional."""
 
+# Pooling and interpolation are torch's, until a measurement asks for kernels.
+from torch.nn.functional import (
+    adaptive_avg_pool2d as adaptive_avg_pool2d,
+    avg_pool2d as avg_pool2d,
+    interpolate as interpolate,
+    max_pool2d as max_pool2d,
+)
+
 from .ops.activation import activation as activation, dropout as dropout
 from .ops.activation_functions import (
     celu as celu,
@@ -37,6 +45,18 @@ from .ops.instancenorm import instance_norm as instance_norm
 from .ops.layernorm import layer_norm as layer_norm
 from .ops.linear import linear as linear
 from .ops.mlp import gated_mlp as gated_mlp, mlp as mlp
+from .ops.embedding import embedding as embedding
+from .ops.layernorm import layer_norm as layer_norm
+from .ops.linear import linear as linear
+from .ops.loss_functions import (
+    binary_cross_entropy_with_logits as binary_cross_entropy_with_logits,
+    huber_loss as huber_loss,
+    kl_div as kl_div,
+    l1_loss as l1_loss,
+    mse_loss as mse_loss,
+    smooth_l1_loss as smooth_l1_loss,
+)
+from .ops.mlp import mlp as mlp
 from .ops.multi_head_attention import (
     multi_head_attention_forward as multi_head_attention_forward,
 )

@@ -17,6 +17,8 @@ NAMES = [
         "elu",
         "gelu",
         "glu",
+        "embedding",
+        "gelu",
         "hardsigmoid",
         "hardswish",
         "hardtanh",
@@ -30,6 +32,12 @@ NAMES = [
 OURS = {f"nn.functional.{name}": getattr(FF, name) for name in NAMES}
 # these have samples as methods of a tensor
 OURS |= {name: getattr(FF, name) for name in ("softmax", "log_softmax")}
+    *("binary_cross_entropy_with_logits", "huber_loss", "kl_div", "l1_loss", "mse_loss"),
+    *("smooth_l1_loss", "softplus", "scaled_dot_product_attention", "softsign", "tanhshrink"),
+]
+OURS = {f"nn.functional.{name}": getattr(FF, name) for name in NAMES}
+# torch's samples have the table first
+OURS["nn.functional.embedding"] = lambda weight, ids, **given: FF.embedding(ids, weight, **given)
 INFOS = [info for info in op_db if info.name in OURS and not info.variant_test_name]
 
 

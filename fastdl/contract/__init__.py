@@ -13,6 +13,7 @@ from . import (
     rotary,
 )
 from . import activation, attention, layernorm, linear, rmsnorm, rotary, softmax
+from . import activation, attention, embedding, layernorm, linear, losses, rmsnorm, rotary
 from .case import (
     DTYPES as DTYPES,
     BenchCase as BenchCase,
@@ -36,5 +37,7 @@ SPECS: dict[str, Spec] = {
         rotary.SPEC,
         glu.SPEC,
         softmax.SPEC,
+        embedding.SPEC,
+        losses.SPEC,
     )
 }

@@ -28,6 +28,16 @@ from .attention import (
     TransformerEncoderLayer as TransformerEncoderLayer,
 )
 from .linear import MLP as MLP, GatedMLP as GatedMLP, Linear as Linear
+from .embedding import Embedding as Embedding
+from .linear import MLP as MLP, Linear as Linear
+from .losses import (
+    BCEWithLogitsLoss as BCEWithLogitsLoss,
+    HuberLoss as HuberLoss,
+    KLDivLoss as KLDivLoss,
+    L1Loss as L1Loss,
+    MSELoss as MSELoss,
+    SmoothL1Loss as SmoothL1Loss,
+)
 from .norm import LayerNorm as LayerNorm, RMSNorm as RMSNorm
 from .linear import MLP as MLP, Linear as Linear
 from .norm import (

@@ -35,6 +35,9 @@ def _reads_wide(spec: Specialisation, facts: Facts, target: Target) -> bool:
 
 def _always(spec: Specialisation, facts: Facts, target: Target) -> bool:
     return True
+def _leaves_sums(spec: Specialisation, facts: Facts, target: Target) -> bool:
+    y = spec.args[4]
+    return y == "none" and _reads_wide(spec, facts, target)
 
 
 EXCUSES = [
@@ -45,6 +48,8 @@ EXCUSES = [
     Excuse("channelnorm_sums", "narrow", _reads_wide, "it stores two numbers a channel"),
     Excuse("channelnorm_merge", "narrow", _always, "its tensors are small"),
     Excuse("channelnorm_merge_sums", "narrow", _always, "its tensors are small"),
+    Excuse("loss_fwd", "narrow", _leaves_sums, "it stores one number a program"),
+    Excuse("loss_total", "narrow", _reads_wide, "it stores one number"),
 ]
 
 
