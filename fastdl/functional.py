@@ -29,6 +29,7 @@ from .ops.attention import (
     varlen_attn as varlen_attn,
 )
 from .ops.attention_spellings import attention as _written_out  # noqa: F401 - fills SPELLINGS
+from .ops.cross_entropy import cross_entropy as cross_entropy
 from .ops.layernorm import layer_norm as layer_norm
 from .ops.linear import linear as linear
 from .ops.mlp import mlp as mlp
