@@ -246,7 +246,7 @@ def empty(spec: Spec, case: Case, device: str) -> None:
     for got, expected in zip(
         ours.outputs + ours.gradients, torchs.outputs + torchs.gradients, strict=True
     ):
-        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(got, expected, equal_nan=True)
 
 
 @check("core")
@@ -282,6 +282,4 @@ def strided_cotangents(spec: Spec, case: Case, device: str) -> None:
 
     ones = gradients(lambda y: torch.ones_like(y, memory_format=torch.contiguous_format))
     same(gradients(lambda y: y.new_ones(()).expand(y.shape)), ones, "expanded")
-    same(
-        gradients(lambda y: y.new_ones((*y.shape[:-1], 2 * y.shape[-1]))[..., ::2]), ones, "strided"
-    )
+    same(gradients(lambda y: y.new_ones((*y.shape, 2))[..., 0]), ones, "strided")

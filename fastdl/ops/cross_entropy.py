@@ -87,9 +87,9 @@ def choose(n_cols: int, strided: bool, device: Device) -> Config:
 @functools.lru_cache(maxsize=1024)
 def _rule(cols: int, strided: bool, device: Device) -> Config:
     small = device.backend == "interpreter"
-    tile = 64 if small else 4096
-    block = min(cols, 8 if small else 32) if strided else min(cols, tile)
-    rows = min(tile // block, 128 if strided else 16)
+    tile = 256 if small else 4096
+    block = min(cols, (8 if small else 32) if strided else (64 if small else tile))
+    rows = min(tile // block, 16 if small or not strided else 128)
     return Config({"ROWS": rows, "BLOCK": block}, max(1, min(rows * block // 512, 8)), 1)
 
 
@@ -338,13 +338,15 @@ def run(
 ) -> Tensor:  # fmt: skip
     """The op, on rows."""
     probabilities = check("cross_entropy", input, target, weight, ignore_index, smoothing)
-    shape = row_shape(input) if probabilities and input.dim() > 1 else target.shape
-    rows = input if input.dim() > 1 else input.unsqueeze(0)
-    labels = target if input.dim() > 1 else target.reshape(rows.shape if probabilities else 1)
+    shape: tuple[int, ...] = ()
+    if input.dim() > 1:
+        shape = row_shape(input)
+    else:
+        input, target = input.unsqueeze(0), target.reshape((1, -1) if probabilities else 1)
     if weight is not None and in_autocast(input):
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     loss = OP(
-        flattened(rows, 2), flattened(labels, 2 if probabilities else 1), weight,
+        flattened(input, 2), flattened(target, 2 if probabilities else 1), weight,
         reduction, ignore_index, max(float(smoothing), 0.0), float(z_loss), float(softcap), wide,
     )  # fmt: skip
     return loss if reduction != "none" or loss.shape == shape else loss.view(shape)
