@@ -32,6 +32,7 @@ from .ops.attention_spellings import attention as _written_out  # noqa: F401 - f
 from .ops.cross_entropy import cross_entropy as cross_entropy
 from .ops.layernorm import layer_norm as layer_norm
 from .ops.linear import linear as linear
+from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .ops.mlp import mlp as mlp
 from .ops.multi_head_attention import (
     multi_head_attention_forward as multi_head_attention_forward,

@@ -84,7 +84,7 @@ X, Y = torch.ones(3, 5), torch.tensor([0, 1, 4])
 BAD_CALLS = [
     bad("rows", X, Y[:2], says=("(3, 5)", "(2,)")),
     bad("inner", torch.ones(2, 5, 3), torch.zeros(2, 2).long(), says=("(2, 5, 3)", "(2, 2)")),
-    bad("weight", X, Y, torch.ones(4), says=("5", "(4,)")),
+    bad("weight", X, Y, torch.ones(4), says=("(5,)", "(4,)")),
     bad("dtype of indices", X, Y.int(), says=("int32", "int64")),
     bad("indices like probabilities", X, X.long(), says=("int64", "floating point")),
     bad("probabilities ignored", X, X, ignore_index=1, says=("ignore_index is 1",)),

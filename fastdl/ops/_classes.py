@@ -24,31 +24,48 @@ def reduction_of(op: str, size_average: bool | None, reduce: bool | None, reduct
     return reduction
 
 
-def has_probabilities(input: Tensor, target: Tensor) -> bool:
-    """Whether the target gives each class a probability, as torch tells it: by its shape."""
-    return target.dim() == input.dim() and target.shape == input.shape
+Shape = tuple[int, ...]
 
 
-def check(op: str, input: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    """Raise where shapes do not fit, or indices are of a dtype that torch does not take."""
-    given = f"{op}: input is {tuple(input.shape)}, target is {tuple(target.shape)}"
-    if input.dim() == 0:
+def has_probabilities(shape: Shape, target: Tensor) -> bool:
+    """Whether the target gives each class of an input of this shape a probability: torch tells it
+    by the shape.
+    """
+    return target.dim() == len(shape) and tuple(target.shape) == tuple(shape)
+
+
+def check(
+    op: str, shape: Shape, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> bool:
+    """Raise where torch would for an input of this shape. Says whether the target is of
+    probabilities.
+    """
+    given = f"{op}: input is {tuple(shape)}, target is {tuple(target.shape)} {target.dtype}"
+    classes = shape[1] if len(shape) > 1 else shape[0] if shape else 0
+    if weight is not None and tuple(weight.shape) != (classes,):
+        raise RuntimeError(f"{given}, weight is {tuple(weight.shape)}; it must be {(classes,)}")
+    if not has_probabilities(shape, target):
+        _check_indices(given, shape, target)
+        return False
+    if not target.is_floating_point():
+        raise RuntimeError(f"{given}; probabilities must be of a floating point dtype")
+    if ignore_index >= 0:
+        raise RuntimeError(f"{given}; ignore_index is {ignore_index}, but probabilities have none")
+    return True
+
+
+def _check_indices(given: str, shape: Shape, target: Tensor) -> None:
+    if not shape:
         raise ValueError(f"{given}; input must have a dimension of classes")
-    classes = input.shape[0 if input.dim() == 1 else 1]
-    if weight is not None and (weight.dim() != 1 or weight.shape[0] != classes):
-        raise RuntimeError(
-            f"{op}: input has {classes} classes, weight is {tuple(weight.shape)};"
-            " it must have one element a class"
-        )
-    if input.dim() == 1:
+    if len(shape) == 1:
         if target.dim() > 1 or target.numel() != 1:
             raise ValueError(f"{given}; without rows target must be one index")
-    elif target.dim() == 0 or target.shape[0] != input.shape[0]:
+    elif target.dim() == 0 or target.shape[0] != shape[0]:
         raise ValueError(f"{given}; they must have as many rows")
-    elif target.shape[1:] != input.shape[2:]:
+    elif tuple(target.shape[1:]) != tuple(shape[2:]):
         raise RuntimeError(f"{given}; target must have the shape of input without the classes")
     if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"{op}: target is {target.dtype}, indices must be int64 or uint8")
+        raise RuntimeError(f"{given}; indices must be int64 or uint8")
 
 
 def flattened(x: Tensor, dims: int) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 from . import _classes
 from ._classes import (
     flattened,
-    has_probabilities,
     inner_of,
     like_reduced,
     new_losses,
@@ -282,29 +281,15 @@ def in_autocast(input: Tensor) -> bool:
 
 
 def check(
-    op: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int,
+    op: str, shape: tuple[int, ...], target: Tensor, weight: Tensor | None, ignore_index: int,
     smoothing: float,
 ) -> bool:  # fmt: skip
     """Raise where torch would. Says whether the target is of probabilities."""
     if smoothing > 1:
         raise RuntimeError(f"{op}: label_smoothing is {smoothing}, it must be between 0 and 1")
-    if not has_probabilities(input, target):
-        _classes.check(op, input, target, weight)
-        return False
-    if not target.is_floating_point():
-        raise RuntimeError(
-            f"{op}: target has the shape of input, so it is of probabilities, and is"
-            f" {target.dtype}; it must be floating point"
-        )
-    if ignore_index >= 0:
-        raise RuntimeError(f"{op}: ignore_index is {ignore_index}, but target is of probabilities")
-    classes = input.shape[0 if input.dim() == 1 else 1]
-    if weight is not None and weight.shape != (classes,):
-        raise RuntimeError(
-            f"{op}: input has {classes} classes, weight is {tuple(weight.shape)};"
-            " it must have one element a class"
-        )
-    return True
+    if not shape:
+        raise RuntimeError(f"{op}: input is (); it must have a dimension of classes")
+    return _classes.check(op, shape, target, weight, ignore_index)
 
 
 def cross_entropy(
@@ -337,7 +322,7 @@ def run(
     smoothing: float, z_loss: float, softcap: float, wide: bool,
 ) -> Tensor:  # fmt: skip
     """The op, on rows."""
-    probabilities = check("cross_entropy", input, target, weight, ignore_index, smoothing)
+    probabilities = check("cross_entropy", input.shape, target, weight, ignore_index, smoothing)
     shape: tuple[int, ...] = ()
     if input.dim() > 1:
         shape = row_shape(input)
