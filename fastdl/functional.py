@@ -30,6 +30,7 @@ from .ops.attention import (
 )
 from .ops.attention_spellings import attention as _written_out  # noqa: F401 - fills SPELLINGS
 from .ops.cross_entropy import cross_entropy as cross_entropy
+from .ops.cross_entropy_spellings import NO_INDEX as _NO_INDEX  # noqa: F401 - fills SPELLINGS
 from .ops.layernorm import layer_norm as layer_norm
 from .ops.linear import linear as linear
 from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
@@ -37,5 +38,6 @@ from .ops.mlp import mlp as mlp
 from .ops.multi_head_attention import (
     multi_head_attention_forward as multi_head_attention_forward,
 )
+from .ops.nll_loss import nll_loss as nll_loss
 from .ops.rmsnorm import rms_norm as rms_norm
 from .ops.rotary import apply_rotary_emb as apply_rotary_emb

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import functional as FF
+from .. import functional as FF, nn as fnn
 from .case import BadCall, BenchCase, Case, Maker, Spec
 
 
@@ -80,7 +80,7 @@ def bad(name: str, *args: Any, says: tuple[str, ...], **options: Any) -> BadCall
     )  # fmt: skip
 
 
-X, Y = torch.ones(3, 5), torch.tensor([0, 1, 4])
+X, Y, W = torch.ones(3, 5), torch.tensor([0, 1, 4]), torch.rand(5)
 BAD_CALLS = [
     bad("rows", X, Y[:2], says=("(3, 5)", "(2,)")),
     bad("inner", torch.ones(2, 5, 3), torch.zeros(2, 2).long(), says=("(2, 5, 3)", "(2, 2)")),
@@ -112,6 +112,10 @@ SPEC = Spec(
     empty=EMPTY,
     bad_calls=BAD_CALLS,
     signatures=[(FF.cross_entropy, F.cross_entropy)],
+    modules=[
+        lambda: (fnn.CrossEntropyLoss(), nn.CrossEntropyLoss(), (X, Y)),
+        lambda: (fnn.CrossEntropyLoss(W, label_smoothing=0.1, reduction="sum"), nn.CrossEntropyLoss(W, label_smoothing=0.1, reduction="sum"), (X, Y)),
+    ],
     bench=[
         bench(65536, 1000),
         bench(8192, 32000),

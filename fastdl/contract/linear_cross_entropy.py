@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from .. import functional as FF
+from .. import functional as FF, nn as fnn
 from .case import BadCall, BenchCase, Case, Maker, Spec
 from .cross_entropy import class_weights, labels
 
@@ -91,6 +92,19 @@ BAD_CALLS = [
 ]  # fmt: skip
 
 
+# torch has it since 2.13
+IN_TORCH = hasattr(F, "linear_cross_entropy")
+
+
+def module(**options: Any) -> Callable[[], Any]:
+    target = torch.tensor([[0, 1], [3, 4], [2, 2]])
+    given = torch.randn(3, 8), target if "out_features" in options else target[:, 0]
+    names = "LinearCrossEntropyLoss"
+    return lambda: (
+        getattr(fnn, names)(8, 5, **options), getattr(nn, names)(8, 5, **options), given
+    )  # fmt: skip
+
+
 def bench(rows: int, features: int, classes: int, backward: bool = True) -> BenchCase:
     name = f"{rows}x{features}x{classes}{' backward' if backward else ''}"
     # logits are no output, but one product makes them and the others read what becomes of them
@@ -106,8 +120,9 @@ SPEC = Spec(
     CASES,
     ("linear_cross_entropy", "linear_cross_entropy_backward"),
     empty=EMPTY,
-    bad_calls=BAD_CALLS,
-    signatures=[(FF.linear_cross_entropy, F.linear_cross_entropy)],
+    bad_calls=BAD_CALLS if IN_TORCH else [],
+    signatures=[(FF.linear_cross_entropy, F.linear_cross_entropy)] if IN_TORCH else [],
+    modules=[module(), module(bias=True, out_features=(2,), ignore_index=3)] if IN_TORCH else [],
     bench=[
         bench(8192, 4096, 32000, backward=False),
         bench(8192, 4096, 32000),

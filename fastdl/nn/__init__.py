@@ -27,4 +27,5 @@ from .attention import (
     TransformerEncoderLayer as TransformerEncoderLayer,
 )
 from .linear import MLP as MLP, Linear as Linear
+from .loss import *  # noqa: F403 - a class of torch's may be missing
 from .norm import LayerNorm as LayerNorm, RMSNorm as RMSNorm

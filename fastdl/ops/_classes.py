@@ -35,16 +35,17 @@ def has_probabilities(shape: Shape, target: Tensor) -> bool:
 
 
 def check(
-    op: str, shape: Shape, target: Tensor, weight: Tensor | None, ignore_index: int
-) -> bool:
+    op: str, shape: Shape, target: Tensor, weight: Tensor | None, ignore_index: int,
+    probabilities: bool = True,
+) -> bool:  # fmt: skip
     """Raise where torch would for an input of this shape. Says whether the target is of
-    probabilities.
+    probabilities, where it may be.
     """
     given = f"{op}: input is {tuple(shape)}, target is {tuple(target.shape)} {target.dtype}"
     classes = shape[1] if len(shape) > 1 else shape[0] if shape else 0
     if weight is not None and tuple(weight.shape) != (classes,):
         raise RuntimeError(f"{given}, weight is {tuple(weight.shape)}; it must be {(classes,)}")
-    if not has_probabilities(shape, target):
+    if not (probabilities and has_probabilities(shape, target)):
         _check_indices(given, shape, target)
         return False
     if not target.is_floating_point():
@@ -80,6 +81,10 @@ def row_shape(x: Tensor) -> tuple[int, ...]:
 def inner_of(x: Tensor) -> int:
     """How many rows there are for each of the first dimension."""
     return x.shape[2] if x.dim() == 3 else 1
+
+
+def n_rows_of(x: Tensor) -> int:
+    return x.shape[0] * inner_of(x)
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:

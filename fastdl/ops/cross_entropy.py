@@ -12,6 +12,7 @@ from ._classes import (
     flattened,
     inner_of,
     like_reduced,
+    n_rows_of,
     new_losses,
     reduced,
     reduction_of,
@@ -85,9 +86,12 @@ def choose(n_cols: int, strided: bool, device: Device) -> Config:
 
 @functools.lru_cache(maxsize=1024)
 def _rule(cols: int, strided: bool, device: Device) -> Config:
-    small = device.backend == "interpreter"
+    # in the interpreter a row is soon long, and blocks are small while rows are
+    small = device.backend == "interpreter" and cols <= 1024
     tile = 256 if small else 4096
     block = min(cols, (8 if small else 32) if strided else (64 if small else tile))
+    if device.backend == "interpreter" and not small:
+        tile = 1 << 18
     rows = min(tile // block, 16 if small or not strided else 128)
     return Config({"ROWS": rows, "BLOCK": block}, max(1, min(rows * block // 512, 8)), 1)
 
@@ -112,10 +116,6 @@ def launch_forward(
         0 if stats is None else stats.stride(0), ignore_index, smoothing or None, z_loss or None,
         softcap or None, PROBS=probabilities, config=config,
     )  # fmt: skip
-
-
-def n_rows_of(x: Tensor) -> int:
-    return x.shape[0] * inner_of(x)
 
 
 def _forward(

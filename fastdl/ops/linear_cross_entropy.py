@@ -252,7 +252,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:
-        given, kept, needs = ctx.saved_tensors[:5], ctx.saved_tensors[5:], ctx.needs_input_grad[:3]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        given, kept = saved[:5], saved[5:]
         if differentiating():
             found = second_derivative(
                 "linear_cross_entropy", definition, (*given, *ctx.options), dloss, needs
