@@ -16,7 +16,8 @@ from ._math import tanh
 @triton.jit
 def row_offsets(rows, n_inner, outer_stride, inner_stride):
     """Where rows begin. What follows the classes, such as pixels, is inside of what precedes."""
-    return (rows // n_inner) * outer_stride + (rows % n_inner) * inner_stride
+    outer, inner = (rows // n_inner).to(tl.int64), (rows % n_inner).to(tl.int64)
+    return outer * outer_stride + inner * inner_stride
 
 
 @triton.jit
@@ -113,18 +114,16 @@ def cross_entropy_fwd(
     """Each program has ROWS rows. With dx_ptr it leaves their gradient too, and that may be where
     the logits are.
     """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = rows < n_rows
     x_offsets = row_offsets(rows, n_inner, x_outer, x_inner)
     x_ptrs = x_ptr + x_offsets
     t_ptrs = target_ptr + row_offsets(rows, n_inner, t_outer, t_inner)
     SPREAD: tl.constexpr = PROBS or smoothing is not None
-    index, kept, weight = rows, inside, tl.where(inside, 1.0, 0.0)
+    index, kept, weight = rows.to(tl.int64), inside, tl.where(inside, 1.0, 0.0)
     hit, z_hit = tl.where(inside, 0.0, 0.0), tl.where(inside, 0.0, 0.0)
     if not PROBS:
-        index, kept, weight = load_index(
-            target_ptr, weight_ptr, rows, inside, n_cols, ignore_index
-        )
+        index, kept, weight = load_index(target_ptr, weight_ptr, rows, inside, n_cols, ignore_index)
         hit = weight if smoothing is None else weight * (1.0 - smoothing)
         known = kept & (index >= 0) & (index < n_cols)
         # read before the gradient can be there
@@ -145,8 +144,10 @@ def cross_entropy_fwd(
         tl.store(row_weight_ptr + rows, weight, mask=inside)
     if stats_ptr is not None:
         tl.store(stats_ptr + rows, largest, mask=inside)
-        tl.store(stats_ptr + stats_kind + rows, log_sum, mask=inside)
-        tl.store(stats_ptr + 2 * stats_kind + rows, total, mask=inside)
+        stats_ptr += stats_kind
+        tl.store(stats_ptr + rows, log_sum, mask=inside)
+        stats_ptr += stats_kind
+        tl.store(stats_ptr + rows, total, mask=inside)
     if dx_ptr is not None:
         for start in range(0, n_cols, BLOCK):
             cols = start + tl.arange(0, BLOCK)[None, :]
@@ -156,9 +157,7 @@ def cross_entropy_fwd(
             q = 0.0
             if SPREAD:
                 q = shares(t_ptrs + far * t_class, weight_ptr, cols, mask, n_cols, smoothing, PROBS)
-            dx = slope(
-                z, largest, log_sum, total, q, index, hit, cols, z_loss, softcap, not PROBS
-            )
+            dx = slope(z, largest, log_sum, total, q, index, hit, cols, z_loss, softcap, not PROBS)
             tl.store(dx_ptr + x_offsets + far * x_class, tl.where(kept, dx, 0.0), mask=mask)
 
 
@@ -171,15 +170,16 @@ def cross_entropy_bwd(
     PROBS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows have n_parts programs, each of them with one block of classes."""
-    tile = tl.program_id(0) // n_parts
-    rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    rows = (tl.program_id(0) // n_parts) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = (tl.program_id(0) % n_parts) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = rows < n_rows
     mask = inside & (cols < n_cols)
     far = cols.to(tl.int64)
     largest = tl.load(stats_ptr + rows, mask=inside, other=0.0)
-    log_sum = tl.load(stats_ptr + stats_kind + rows, mask=inside, other=0.0)
-    total = tl.load(stats_ptr + 2 * stats_kind + rows, mask=inside, other=0.0)
+    stats_ptr += stats_kind
+    log_sum = tl.load(stats_ptr + rows, mask=inside, other=0.0)
+    stats_ptr += stats_kind
+    total = tl.load(stats_ptr + rows, mask=inside, other=0.0)
     up = tl.load(dloss_ptr + rows * dloss_row, mask=inside, other=0.0).to(tl.float32)
     if sums_ptr is not None:
         up /= tl.load(sums_ptr + 1)  # the mean's denominator

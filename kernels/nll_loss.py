@@ -15,7 +15,7 @@ def nll_loss_fwd(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Each program has ROWS rows, of which it reads one element."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n_rows
     index, kept, weight = load_index(target_ptr, weight_ptr, rows, inside, n_cols, ignore_index)
     known = kept & (index >= 0) & (index < n_cols)
@@ -33,7 +33,7 @@ def nll_loss_bwd(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows have n_parts programs, each of them with one block of classes."""
-    rows = (tl.program_id(0) // n_parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    rows = (tl.program_id(0) // n_parts) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = (tl.program_id(0) % n_parts) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = rows < n_rows
     up = tl.load(dloss_ptr + rows * dloss_row, mask=inside, other=0.0).to(tl.float32)

@@ -105,7 +105,9 @@ def losses(function, given, atol):
     def keep(gm, example):
         fastdl.backend(gm, example)
         targets = [n.target for n in gm.graph.nodes]
-        kept.extend(t.__name__ for t in targets if getattr(t, "__module__", "").startswith("fastdl"))
+        kept.extend(
+            t.__name__ for t in targets if getattr(t, "__module__", "").startswith("fastdl")
+        )
         return gm.forward
 
     torch._dynamo.reset()
@@ -168,7 +170,7 @@ def test_chunks_change_nothing(fused):
     given = [x.detach().flatten(0, 1), w.detach(), torch.randn(V)]
     for reduction in ("mean", "none"):
         found = []
-        for size in (1, 5, 8, 12, None):
+        for size in (5, 8, None):
             leaves = [t.clone().requires_grad_() for t in given]
             loss = FF.linear_cross_entropy(
                 *leaves[:2], labels.flatten(), linear_bias=leaves[2], reduction=reduction,
@@ -262,15 +264,13 @@ def test_all_ignored_has_gradients_of_0(fused):
 
 def test_gradients_of_float16_do_not_underflow(fused):
     """They are made of a loss whose own gradient is 1, and scaled in float32."""
-    x = torch.randn(64, 16, dtype=torch.float16, requires_grad=True)
-    w = (0.01 * torch.randn(64, 16)).half().requires_grad_()
-    target = torch.arange(64)
-    loss = FF.linear_cross_entropy(x, w, target)
-    truth = F.cross_entropy(x.double() @ w.double().t(), target)
-    for a, b in zip(
-        torch.autograd.grad(loss, (x, w)), torch.autograd.grad(truth, (x, w)), strict=True
-    ):
-        assert ((a.double() - b).norm() / b.double().norm()) < 5e-3
+    x = (0.01 * torch.randn(8, 16)).half().requires_grad_()
+    w = (4 * torch.randn(64, 16)).half()
+    target = torch.arange(8)
+    loss = FF.linear_cross_entropy(x, w, target, reduction="sum") * 2.0**-12
+    truth = F.cross_entropy(x.double() @ w.double().t(), target, reduction="sum") * 2.0**-12
+    (got,), (expected,) = torch.autograd.grad(loss, x), torch.autograd.grad(truth, x)
+    assert (got.double() - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_class_weights_of_other_kinds_are_torchs():

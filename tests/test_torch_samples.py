@@ -11,8 +11,30 @@ op_db = pytest.importorskip(
 ).op_db
 
 NAMES = [
-    *("celu", "dropout", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "layer_norm"),
-    *("leaky_relu", "linear", "logsigmoid", "mish", "relu", "relu6", "rms_norm", "selu", "silu"),
+    *(
+        "celu",
+        "cross_entropy",
+        "dropout",
+        "elu",
+        "gelu",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "layer_norm",
+    ),
+    *(
+        "leaky_relu",
+        "linear",
+        "linear_cross_entropy",
+        "logsigmoid",
+        "mish",
+        "nll_loss",
+        "relu",
+        "relu6",
+        "rms_norm",
+        "selu",
+        "silu",
+    ),
     *("softplus", "scaled_dot_product_attention", "softsign", "tanhshrink"),
 ]
 OURS = {f"nn.functional.{name}": getattr(FF, name) for name in NAMES}

@@ -1,6 +1,16 @@
 """What every op must survive: its cases, and the checks that run on all of them."""
 
-from . import activation, attention, cross_entropy, layernorm, linear, linear_cross_entropy, nll_loss, rmsnorm, rotary
+from . import (
+    activation,
+    attention,
+    cross_entropy,
+    layernorm,
+    linear,
+    linear_cross_entropy,
+    nll_loss,
+    rmsnorm,
+    rotary,
+)
 from .case import (
     DTYPES as DTYPES,
     BenchCase as BenchCase,

@@ -58,6 +58,7 @@ CASES = [
     Case("pixels", "rows side by side, classes apart", call(2, 19, 5, 7, ignored=-100, weight=True)),
     Case("pixels, none reduced", "the shape of the loss", call(2, 5, 3, 4, reduction="none", label_smoothing=0.1)),
     Case("probabilities of pixels", "labels whose classes are apart", call(2, 9, 11, probabilities=True, reduction="sum"), spelled=True),
+    Case("many classes", "blocks of a row whose rows begin at multiples of 16 bytes", call(3, 8208, reduction="sum"), spelled=True),
     Case("z-loss", "the square of lse, and its mean", call(9, 200, z_loss=0.1, ignored=-100, weight=True)),
     Case("z-loss of rows", "the square of lse of a row", call(9, 45, z_loss=0.1, ignored=-100, reduction="none")),
     Case("softcap", "tanh in both passes", call(9, 200, softcap=2.0, scale=3.0)),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from ._launch import device_of
+from ._route import Reason
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -85,6 +86,11 @@ def inner_of(x: Tensor) -> int:
 
 def n_rows_of(x: Tensor) -> int:
     return x.shape[0] * inner_of(x)
+
+
+def too_many(x: Tensor, *args: Any) -> Reason | None:
+    """Kernels number rows in 32 bits."""
+    return Reason.SIZE if n_rows_of(x) >= 2**30 else None
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:

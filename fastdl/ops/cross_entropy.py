@@ -21,6 +21,7 @@ from ._classes import (
     row_weights,
     rows_first,
     strides,
+    too_many,
 )
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
 from ._op import LibraryOp, Op, differentiating, gradients, second_derivative
@@ -90,10 +91,13 @@ def _rule(cols: int, strided: bool, device: Device) -> Config:
     small = device.backend == "interpreter" and cols <= 1024
     tile = 256 if small else 4096
     block = min(cols, (8 if small else 32) if strided else (64 if small else tile))
-    if device.backend == "interpreter" and not small:
-        tile = 1 << 18
-    rows = min(tile // block, 16 if small or not strided else 128)
-    return Config({"ROWS": rows, "BLOCK": block}, max(1, min(rows * block // 512, 8)), 1)
+    if device.backend == "interpreter":
+        return Config({"ROWS": (tile if small else 1 << 18) // block, "BLOCK": block}, 4, 1)
+    if block >= 1024:
+        return Config({"ROWS": 1, "BLOCK": block}, block // 512, 1)
+    # with several rows a thread has fewer elements: each of them has a pointer
+    rows = min(2048 // block, 128 if strided else 16)
+    return Config({"ROWS": rows, "BLOCK": block}, max(1, rows * block // 256), 1)
 
 
 def config_for(x: Tensor) -> Config:
@@ -175,8 +179,7 @@ def _like_backward(
     needs: list[bool],
 ) -> Gradients:  # fmt: skip
     return tuple(  # type: ignore[return-value]
-        torch.empty_like(t) if need else None  # type: ignore[arg-type]
-        for t, need in zip((x, target), needs, strict=True)
+        torch.empty_like(t) if need else None for t, need in zip((x, target), needs, strict=True)
     )
 
 
@@ -228,7 +231,9 @@ def _torch_backward(
     )
 
 
-FORWARD = LibraryOp("cross_entropy", _forward, like=_like, torch_form=_torch_forward)
+FORWARD = LibraryOp(
+    "cross_entropy", _forward, like=_like, torch_form=_torch_forward, decline=too_many
+)
 BACKWARD = LibraryOp(
     "cross_entropy_backward", _backward, like=_like_backward, torch_form=_torch_backward
 )
@@ -258,9 +263,7 @@ def _inference(x: Tensor, target: Tensor, weight: Tensor | None, *options: Any) 
     return FORWARD.overload(x, target, weight, *options)[0]
 
 
-def decline(
-    x: Tensor, target: Tensor, weight: Tensor | None, *options: Any
-) -> Reason | None:
+def decline(x: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Reason | None:
     """Weights that are learned are torch's, and so are dtypes that it refuses."""
     if weight is None:
         return None

@@ -161,9 +161,7 @@ _LAYOUTS: list[tuple[Step, str, bool]] = [
 _WIDENINGS = ("never", "before", "after")
 
 
-def _spell(
-    layout: tuple[Step, str, bool], widens: str, caps: bool, head: bool
-) -> Spelling:
+def _spell(layout: tuple[Step, str, bool], widens: str, caps: bool, head: bool) -> Spelling:
     rows, name, shifted = layout
 
     def pattern(
@@ -190,7 +188,7 @@ def _spell(
             **({} if widens == "never" else {"wide": True}), **({"softcap": cap} if caps else {}),
         }  # fmt: skip
         if more:
-            of_rows = linear_cross_entropy_of_rows if head else cross_entropy_of_rows
+            of_rows: Any = linear_cross_entropy_of_rows if head else cross_entropy_of_rows
             return partial(of_rows, x, *((lw, lb) if head else ()), t, w, **options, **more)
         if not head:
             return partial(cross_entropy, x, t, w, **options)
@@ -264,9 +262,7 @@ def _spell_smoothed(end: Step, reduction: str, dim: int) -> Spelling:
         return end(c * nll + s * (-log_p.mean(-1)))
 
     def call(x: Any, t: Any, c: Any, s: Any) -> partial[Any]:
-        return partial(
-            smoothed_cross_entropy, x, t, confidence=c, smoothing=s, reduction=reduction
-        )
+        return partial(smoothed_cross_entropy, x, t, confidence=c, smoothing=s, reduction=reduction)
 
     return Spelling(pattern, call)
 

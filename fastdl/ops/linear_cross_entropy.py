@@ -77,9 +77,7 @@ def _add(total: Tensor, more: Tensor, first: bool) -> None:
         total.add_(more)
 
 
-def _add_gradients(
-    totals: Any, dz: Tensor, x: Tensor, weight: Tensor, chunk: slice
-) -> None:
+def _add_gradients(totals: Any, dz: Tensor, x: Tensor, weight: Tensor, chunk: slice) -> None:
     """What a chunk adds to the gradients of input, weight and bias."""
     dx, dweight, dbias = totals
     if dx is not None:
@@ -225,7 +223,7 @@ def _torch_backward(
         x, weight, bias, target, class_weight, reduction, ignore_index, smoothing, z_loss,
         softcap, wide, chunk,
     )  # fmt: skip
-    return tuple(gradients(definition, args, dloss, needs)[:3])  # type: ignore[return-value]
+    return tuple(gradients(definition, args, dloss, needs)[:3])
 
 
 FORWARD = LibraryOp(
@@ -298,7 +296,9 @@ OP = Op(
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    given = f"linear_cross_entropy: input is {tuple(input.shape)}, linear_weight {tuple(weight.shape)}"
+    given = (
+        f"linear_cross_entropy: input is {tuple(input.shape)}, linear_weight {tuple(weight.shape)}"
+    )
     if not 1 <= input.dim() <= 2:
         raise RuntimeError(f"{given}; input must be [rows, features] or [features]")
     if weight.dim() < 2 or weight.shape[-1] != input.shape[-1]:

@@ -11,8 +11,8 @@ from ._classes import (
     flattened,
     inner_of,
     like_reduced,
-    new_losses,
     n_rows_of,
+    new_losses,
     reduced,
     reduction_of,
     require_known,
@@ -20,6 +20,7 @@ from ._classes import (
     row_weights,
     rows_first,
     strides,
+    too_many,
 )
 from ._launch import Config, Kernel, cdiv, device_of, launch
 from ._op import LibraryOp, Op, differentiating, gradients, second_derivative
@@ -102,7 +103,7 @@ def _torch_backward(
     return torch.empty_like(x).copy_(gradients(definition, args, dloss, [True])[0])
 
 
-FORWARD = LibraryOp("nll_loss", _forward, like=_like, torch_form=_torch_forward)
+FORWARD = LibraryOp("nll_loss", _forward, like=_like, torch_form=_torch_forward, decline=too_many)
 BACKWARD = LibraryOp(
     "nll_loss_backward", _backward, like=_like_backward, torch_form=_torch_backward
 )
