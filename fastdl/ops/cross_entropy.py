@@ -87,12 +87,11 @@ def choose(n_cols: int, strided: bool, device: Device) -> Config:
 
 @functools.lru_cache(maxsize=1024)
 def _rule(cols: int, strided: bool, device: Device) -> Config:
-    # in the interpreter a row is soon long, and blocks are small while rows are
-    small = device.backend == "interpreter" and cols <= 1024
-    tile = 256 if small else 4096
-    block = min(cols, (8 if small else 32) if strided else (64 if small else tile))
     if device.backend == "interpreter":
-        return Config({"ROWS": (tile if small else 1 << 18) // block, "BLOCK": block}, 4, 1)
+        # a row is soon long, and blocks are small while rows are
+        block = min(cols, 4096 if cols > 1024 else 8 if strided else 64)
+        return Config({"ROWS": max(256 // block, 16), "BLOCK": block}, 4, 1)
+    block = min(cols, 32 if strided else 4096)
     if block >= 1024:
         return Config({"ROWS": 1, "BLOCK": block}, block // 512, 1)
     # with several rows a thread has fewer elements: each of them has a pointer
