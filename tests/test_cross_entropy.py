@@ -182,6 +182,20 @@ def test_chunks_change_nothing(fused):
                 torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+def test_torch_takes_chunks_where_kernels_cannot(monkeypatch):
+    x, w, labels = inputs()
+    given = [x.detach().flatten(0, 1).requires_grad_(), w]
+    found = []
+    for on_gpus_only in (True, False):
+        monkeypatch.setattr("fastdl.ops._launch.INTERPRETED", not on_gpus_only)
+        explained = fastdl.explain(FF.linear_cross_entropy, *given, labels.flatten(), chunk_size=5)
+        assert explained.fused != on_gpus_only
+        loss = FF.linear_cross_entropy(*given, labels.flatten(), chunk_size=5)
+        found.append([loss, *torch.autograd.grad(loss, given)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_options_of_torch_name_the_chunk(fused):
     x, w, labels = inputs()
     given = (x.detach().flatten(0, 1), w.detach(), labels.flatten())

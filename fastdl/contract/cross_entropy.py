@@ -126,7 +126,7 @@ SPEC = Spec(
         bench(4096, 131072, backward=True),
     ],
     one_pass=[
-        Case("rows in a tile", "", call(256, 45)),
-        Case("long rows", "", call(256, 200, reduction="none")),
+        Case("rows in a tile", "a tile that is read again", call(256, 45)),
+        Case("long rows", "a row that is read again", call(256, 200, reduction="none")),
     ],
 )  # fmt: skip
