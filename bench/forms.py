@@ -148,6 +148,24 @@ def torch_softmax(
     return softmax(s, dim, dtype=dtype)
 
 
+def torch_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, *, z_loss: float = 0.0,
+    softcap: float = 0.0, **options: Any,
+) -> Tensor:  # fmt: skip
+    z = softcap * torch.tanh(input / softcap) if softcap else input
+    loss = F.cross_entropy(z, target, weight, **options)
+    return loss + z_loss * torch.logsumexp(z, 1).square().mean() if z_loss else loss
+
+
+def torch_linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, chunk_size: int | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    return torch_cross_entropy(
+        F.linear(input, linear_weight, linear_bias), target, weight, **options
+    )
+
+
 # What a user writes without us.
 TORCH: dict[Any, Form] = {
     FF.linear: torch_linear,
@@ -170,6 +188,9 @@ TORCH: dict[Any, Form] = {
     FF.huber_loss: F.huber_loss,
     FF.kl_div: F.kl_div,
     FF.binary_cross_entropy_with_logits: F.binary_cross_entropy_with_logits,
+    FF.cross_entropy: torch_cross_entropy,
+    FF.nll_loss: F.nll_loss,
+    FF.linear_cross_entropy: torch_linear_cross_entropy,
     FF.scaled_dot_product_attention: torch_attention,
     FF.varlen_attn: torch_varlen,
 }
@@ -190,9 +211,19 @@ def linear_rivals(call: "partial[Any]", compiled: bool) -> dict[str, Form]:
     }
 
 
+def chunked_rivals(call: "partial[Any]", compiled: bool) -> dict[str, Form]:
+    """torch's own cross entropy in chunks."""
+    chunked = getattr(F, "linear_cross_entropy", None)
+    if chunked is None or call.keywords.keys() - {"linear_bias", "weight", "reduction"}:
+        return {}
+    options = torch.nn.LinearCrossEntropyOptions()
+    return {"chunked": partial(chunked, options=options)}
+
+
 # What else torch has, by name, for calls like the one given.
 RIVALS: dict[Any, Callable[["partial[Any]", bool], dict[str, Form]]] = {
     FF.linear: linear_rivals,
+    FF.linear_cross_entropy: chunked_rivals,
     FF.scaled_dot_product_attention: attention_rivals,
     FF.varlen_attn: varlen_rivals,
 }

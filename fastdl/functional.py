@@ -8,6 +8,12 @@ from torch.nn.functional import (
     max_pool2d as max_pool2d,
 )
 
+from .ops import (  # noqa: F401 - these fill the list of what people write
+    attention_spellings as _attention_spellings,
+    cross_entropy_spellings as _cross_entropy_spellings,
+    glu_spellings as _glu_spellings,
+    softmax_spellings as _softmax_spellings,
+)
 from .ops.activation import activation as activation, dropout as dropout
 from .ops.activation_functions import (
     celu as celu,
@@ -36,18 +42,15 @@ from .ops.attention import (
     scaled_dot_product_attention as scaled_dot_product_attention,
     varlen_attn as varlen_attn,
 )
-from .ops.attention_spellings import attention as _written_out  # noqa: F401 - fills SPELLINGS
-from .ops.glu import glu as glu
-from .ops.glu_spellings import gated as _gated  # noqa: F401 - fills SPELLINGS
 from .ops.batchnorm import batch_norm as batch_norm
+from .ops.cross_entropy import cross_entropy as cross_entropy
+from .ops.embedding import embedding as embedding
+from .ops.glu import glu as glu
 from .ops.groupnorm import group_norm as group_norm
 from .ops.instancenorm import instance_norm as instance_norm
 from .ops.layernorm import layer_norm as layer_norm
 from .ops.linear import linear as linear
-from .ops.mlp import gated_mlp as gated_mlp, mlp as mlp
-from .ops.embedding import embedding as embedding
-from .ops.layernorm import layer_norm as layer_norm
-from .ops.linear import linear as linear
+from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .ops.loss_functions import (
     binary_cross_entropy_with_logits as binary_cross_entropy_with_logits,
     huber_loss as huber_loss,
@@ -56,11 +59,11 @@ from .ops.loss_functions import (
     mse_loss as mse_loss,
     smooth_l1_loss as smooth_l1_loss,
 )
-from .ops.mlp import mlp as mlp
+from .ops.mlp import gated_mlp as gated_mlp, mlp as mlp
 from .ops.multi_head_attention import (
     multi_head_attention_forward as multi_head_attention_forward,
 )
+from .ops.nll_loss import nll_loss as nll_loss
 from .ops.rmsnorm import rms_norm as rms_norm
 from .ops.rotary import apply_rotary_emb as apply_rotary_emb
 from .ops.softmax import log_softmax as log_softmax, softmax as softmax, softmin as softmin
-from .ops.softmax_spellings import softmax_of_hidden as _hidden  # noqa: F401 - fills SPELLINGS

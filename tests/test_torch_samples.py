@@ -10,32 +10,15 @@ op_db = pytest.importorskip(
     "torch.testing._internal.common_methods_invocations", reason="torch ships no sample inputs here"
 ).op_db
 
-NAMES = [
-    *(
-        "celu",
-        "dropout",
-        "elu",
-        "gelu",
-        "glu",
-        "embedding",
-        "gelu",
-        "hardsigmoid",
-        "hardswish",
-        "hardtanh",
-        "layer_norm",
-    ),
-    *("leaky_relu", "linear", "logsigmoid", "mish", "relu", "relu6", "rms_norm", "selu", "silu"),
-    *("softplus", "scaled_dot_product_attention", "softsign", "tanhshrink"),
-    *("batch_norm", "group_norm", "instance_norm"),
-    *("softmin", "softplus", "scaled_dot_product_attention", "softsign", "tanhshrink"),
-]
-OURS = {f"nn.functional.{name}": getattr(FF, name) for name in NAMES}
-# these have samples as methods of a tensor
-OURS |= {name: getattr(FF, name) for name in ("softmax", "log_softmax")}
-    *("binary_cross_entropy_with_logits", "huber_loss", "kl_div", "l1_loss", "mse_loss"),
-    *("smooth_l1_loss", "softplus", "scaled_dot_product_attention", "softsign", "tanhshrink"),
-]
-OURS = {f"nn.functional.{name}": getattr(FF, name) for name in NAMES}
+
+def ours(name):
+    """Our function of torch's name, unless it is torch's own."""
+    name = name.removeprefix("nn.functional.")
+    found = getattr(FF, name, None)
+    return None if found is getattr(F, name, None) else found
+
+
+OURS = {info.name: ours(info.name) for info in op_db if ours(info.name)}
 # torch's samples have the table first
 OURS["nn.functional.embedding"] = lambda weight, ids, **given: FF.embedding(ids, weight, **given)
 INFOS = [info for info in op_db if info.name in OURS and not info.variant_test_name]
@@ -59,7 +42,7 @@ def in_float64(value):
 
 
 def test_all_are_there():
-    assert {info.name for info in INFOS} == set(OURS)
+    assert len(INFOS) == len(OURS) > 40
 
 
 @pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
@@ -69,9 +52,9 @@ def test_samples(info, device):
         if sample.kwargs.get("inplace") or drops:
             continue  # one writes into its input, the other draws other numbers: test_dropout.py
         truth = outcome(info.op, sample.transform(in_float64))
-        ours, theirs = outcome(OURS[info.name], sample), outcome(info.op, sample)
-        assert len(ours) == len(truth)
-        for a, b, expected in zip(ours, theirs, truth, strict=True):
+        mine, theirs = outcome(OURS[info.name], sample), outcome(info.op, sample)
+        assert len(mine) == len(truth)
+        for a, b, expected in zip(mine, theirs, truth, strict=True):
             off = (b - expected).abs().max().item() if b.numel() else 0.0
             near = {"rtol": 1e-4, "atol": 1e-5 + 3 * off}
             torch.testing.assert_close(a, expected, **near, check_dtype=False)

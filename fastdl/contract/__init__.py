@@ -1,19 +1,23 @@
 """What every op must survive: its cases, and the checks that run on all of them."""
 
-from . import activation, attention, glu, layernorm, linear, rmsnorm, rotary
 from . import (
     activation,
     attention,
     batchnorm,
+    cross_entropy,
+    embedding,
+    glu,
     groupnorm,
     instancenorm,
     layernorm,
     linear,
+    linear_cross_entropy,
+    losses,
+    nll_loss,
     rmsnorm,
     rotary,
+    softmax,
 )
-from . import activation, attention, layernorm, linear, rmsnorm, rotary, softmax
-from . import activation, attention, embedding, layernorm, linear, losses, rmsnorm, rotary
 from .case import (
     DTYPES as DTYPES,
     BenchCase as BenchCase,
@@ -24,20 +28,23 @@ from .case import (
 from .optim import STEPS as STEPS, StepSpec as StepSpec
 
 SPECS: dict[str, Spec] = {
-    spec.name: spec
-    for spec in (
-        linear.SPEC,
-        activation.SPEC,
-        layernorm.SPEC,
-        rmsnorm.SPEC,
-        groupnorm.SPEC,
-        batchnorm.SPEC,
-        instancenorm.SPEC,
-        attention.SPEC,
-        rotary.SPEC,
-        glu.SPEC,
-        softmax.SPEC,
-        embedding.SPEC,
-        losses.SPEC,
+    module.SPEC.name: module.SPEC
+    for module in (
+        linear,
+        activation,
+        glu,
+        layernorm,
+        rmsnorm,
+        groupnorm,
+        batchnorm,
+        instancenorm,
+        attention,
+        rotary,
+        softmax,
+        embedding,
+        cross_entropy,
+        linear_cross_entropy,
+        nll_loss,
+        losses,
     )
 }

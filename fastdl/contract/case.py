@@ -160,8 +160,8 @@ class Spec:
     bad_calls: Sequence[BadCall] = ()
     # (ours, torch's): the signature begins with torch's; more is keyword-only
     signatures: Sequence[tuple[Callable[..., Any], Callable[..., Any]]] = ()
-    # (ours, torch's) modules in the same state
-    modules: Sequence[Callable[[], tuple[nn.Module, nn.Module, Tensor]]] = ()
+    # (ours, torch's) modules in the same state, and an input or a tuple of them
+    modules: Sequence[Callable[[], tuple[nn.Module, nn.Module, Any]]] = ()
     bench: Sequence[BenchCase] = ()
     # Kernels read every input of these once and write every output once: the bytes are counted.
     one_pass: Sequence[Case] = ()

@@ -52,9 +52,10 @@ def modules(spec: Spec, device: str) -> None:
         assert inspect.signature(type(ours)) == inspect.signature(type(torchs))
         ours.load_state_dict(torchs.state_dict())
         assert repr(ours) == repr(torchs)
-        ours, torchs, x = ours.to(device).eval(), torchs.to(device).eval(), x.to(device)
+        ours, torchs = ours.to(device).eval(), torchs.to(device).eval()
+        given = [t.to(device) for t in (x if isinstance(x, tuple) else (x,))]
         for twin in (ours, deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-            torch.testing.assert_close(twin(x), torchs(x), msg=named(repr(ours)))
+            torch.testing.assert_close(twin(*given), torchs(*given), msg=named(repr(ours)))
 
 
 @check("op")

@@ -1,5 +1,6 @@
 """torch's modules on the fused ops: same constructors, same state, another forward."""
 
+from . import losses as losses
 from .activation import (
     CELU as CELU,
     ELU as ELU,
@@ -27,19 +28,18 @@ from .attention import (
     TransformerDecoderLayer as TransformerDecoderLayer,
     TransformerEncoderLayer as TransformerEncoderLayer,
 )
-from .linear import MLP as MLP, GatedMLP as GatedMLP, Linear as Linear
 from .embedding import Embedding as Embedding
-from .linear import MLP as MLP, Linear as Linear
+from .linear import MLP as MLP, GatedMLP as GatedMLP, Linear as Linear
 from .losses import (
     BCEWithLogitsLoss as BCEWithLogitsLoss,
+    CrossEntropyLoss as CrossEntropyLoss,
     HuberLoss as HuberLoss,
     KLDivLoss as KLDivLoss,
     L1Loss as L1Loss,
     MSELoss as MSELoss,
+    NLLLoss as NLLLoss,
     SmoothL1Loss as SmoothL1Loss,
 )
-from .norm import LayerNorm as LayerNorm, RMSNorm as RMSNorm
-from .linear import MLP as MLP, Linear as Linear
 from .norm import (
     BatchNorm1d as BatchNorm1d,
     BatchNorm2d as BatchNorm2d,
@@ -50,9 +50,13 @@ from .norm import (
     InstanceNorm3d as InstanceNorm3d,
     LayerNorm as LayerNorm,
     RMSNorm as RMSNorm,
+)
 from .softmax import (
     LogSoftmax as LogSoftmax,
     Softmax as Softmax,
     Softmax2d as Softmax2d,
     Softmin as Softmin,
 )
+
+if hasattr(losses, "LinearCrossEntropyLoss"):
+    LinearCrossEntropyLoss = losses.LinearCrossEntropyLoss

@@ -35,6 +35,8 @@ def _reads_wide(spec: Specialisation, facts: Facts, target: Target) -> bool:
 
 def _always(spec: Specialisation, facts: Facts, target: Target) -> bool:
     return True
+
+
 def _leaves_sums(spec: Specialisation, facts: Facts, target: Target) -> bool:
     y = spec.args[4]
     return y == "none" and _reads_wide(spec, facts, target)
