@@ -156,8 +156,14 @@ def found(written, x):
     return run(torch.compile(written, backend=keep, fullgraph=True), x), kept
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("written", WRITTEN)
+# of float32 too, where casts are not in the graph
+CASTING = [in_float32, float_first, float_last, masked_in_float32, scores_in_float32]
+
+
+@pytest.mark.parametrize(
+    ("written", "dtype"),
+    [*((f, torch.bfloat16) for f in WRITTEN), *((f, torch.float32) for f in CASTING)],
+)
 def test_is_found(written, dtype):
     x = torch.randn(3, 5, 20, dtype=dtype, requires_grad=True)
     ours, calls = found(written, x)
