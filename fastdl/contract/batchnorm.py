@@ -46,7 +46,7 @@ def call(
 # In the interpreter tiles are of 256 elements, with 16 channels where these are last.
 CASES = [
     Case("training", "statistics of samples that are merged, without cancellation", call((4, 6, 7, 3), mean=100.0), spelled=True),
-    Case("many pixels", "parts of a sample that are merged, of two lengths", call((2, 2, 12, 55), activation="relu"), spelled=True),
+    Case("many pixels", "parts of a sample that are merged, of two lengths, the last with a tail", call((2, 2, 12, 75), activation="relu"), spelled=True),
     Case("residual", "a derivative taken at the output", call((4, 5, 3, 7), residual=True, activation="relu"), core=True, spelled=True),
     Case("residual, kept", "a derivative that needs the residual", call((4, 5, 30), residual=True, activation="silu"), spelled=True),
     Case("residual, bounded", "an output that rounding moves to a bound", call((4, 5, 30), residual=True, activation="relu6"), spelled=True),

@@ -64,8 +64,8 @@ def call(
 # channels where these are last.
 CASES = [
     Case("whole", "masks of groups, channels and pixels", call((4, 6, 2, 5), 2), core=True, spelled=True),
-    Case("whole, modulated", "scales of samples, and their gradients", call((3, 6, 2, 3), 3, scale=(3, 6, 1, 1), shift=(3, 6, 1, 1), activation="silu", residual=True), spelled=True),
-    Case("tiles", "parts of groups that are merged", call((3, 2, 12, 55), 1, activation="silu"), core=True, spelled=True),
+    Case("whole, modulated", "scales of samples, and their gradients", call((3, 6, 2, 3), 3, scale=(3, 6, 1, 1), shift=(6, 1, 1), activation="silu", residual=True), spelled=True),
+    Case("tiles", "parts of groups that are merged", call((3, 2, 12, 75), 1, activation="silu"), core=True, spelled=True),
     Case("tiles, modulated", "scales of larger groups, and the residual of an activation", call((2, 6, 6, 7), 2, scale=(2, 6, 1, 1), shift=(2, 6, 1, 1), activation="gelu", residual=True), spelled=True),
     Case("tiles, one group", "channels that are merged in blocks", call((2, 40, 4), 1, residual=True, activation="relu"), spelled=True),
     Case("channels last", "strides, and groups that end within a tile", call((2, 20, 37), 4, last=True, residual=True, activation="relu"), core=True),
