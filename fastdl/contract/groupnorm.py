@@ -128,6 +128,7 @@ SPEC = Spec(
         bench((16, 320, 64, 64), 32, activation="silu", backward=True),
         bench((16, 320, 64, 64), 32, activation="silu", backward=True, last=True),
         bench((16, 1280, 16, 16), 32, activation="silu", backward=True),
+        bench((64, 1280, 8, 8), 32, activation="silu", backward=True),
         bench((16, 640, 32, 32), 32, activation="silu", backward=True, scale=(16, 640, 1, 1), shift=(16, 640, 1, 1)),
         bench((1, 128, 512, 512), 32, activation="silu"),
         bench((1, 128, 512, 512), 32, activation="silu", last=True),
