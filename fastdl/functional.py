@@ -29,6 +29,11 @@ from .ops.attention import (
     varlen_attn as varlen_attn,
 )
 from .ops.attention_spellings import attention as _written_out  # noqa: F401 - fills SPELLINGS
+from .ops.conv import (
+    conv1d as conv1d,
+    conv2d as conv2d,
+    conv_transpose2d as conv_transpose2d,
+)
 from .ops.layernorm import layer_norm as layer_norm
 from .ops.linear import linear as linear
 from .ops.mlp import mlp as mlp

@@ -90,7 +90,7 @@ def choose(
     tma = layout == "aligned" and dtype != torch.float32 and (small or device.has_tma)
     tuned = _tuned.lookup("linear", dtype, (M, N, K), device)
     if tuned is not None and (tma or tuned.variant != "persistent"):
-        return _fitting(tuned, dtype, device)
+        return fitting(tuned, dtype, device)
     if dtype == torch.float32 and not small and not tf32:
         return GEMM  # exact fp32 has no tensor cores
     return _rule(M, N, K, dtype, device, tma)
@@ -111,12 +111,12 @@ def _rule(M: int, N: int, K: int, dtype: torch.dtype, device: Device, tma: bool)
         config = _tiles(128 // scale, 128 // scale, 64 // scale, 8, 3)
     else:
         config = _tiles(64 // scale, 64 // scale, 64 // scale, 4, 4)
-    return _with_splits(_fitting(config, dtype, device), M, N, K, device)
+    return _with_splits(fitting(config, dtype, device), M, N, K, device)
 
 
-def _fitting(config: Config, dtype: torch.dtype, device: Device) -> Config:
+def fitting(config: Config, dtype: torch.dtype, device: Device) -> Config:
     """As many stages as shared memory holds."""
-    if config.variant not in ("tiles", "persistent"):
+    if config.variant not in ("tiles", "persistent", "implicit"):
         return config
     stage = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * dtype.itemsize
     buffers = device.shared // stage
