@@ -1,6 +1,6 @@
 """What every op must survive: its cases, and the checks that run on all of them."""
 
-from . import activation, attention, layernorm, linear, rmsnorm, rotary
+from . import activation, attention, conv, layernorm, linear, rmsnorm, rotary
 from .case import (
     DTYPES as DTYPES,
     BenchCase as BenchCase,
@@ -13,6 +13,7 @@ SPECS: dict[str, Spec] = {
     spec.name: spec
     for spec in (
         linear.SPEC,
+        conv.SPEC,
         activation.SPEC,
         layernorm.SPEC,
         rmsnorm.SPEC,

@@ -26,5 +26,6 @@ from .attention import (
     TransformerDecoderLayer as TransformerDecoderLayer,
     TransformerEncoderLayer as TransformerEncoderLayer,
 )
+from .conv import Conv1d as Conv1d, Conv2d as Conv2d, ConvTranspose2d as ConvTranspose2d
 from .linear import MLP as MLP, Linear as Linear
 from .norm import LayerNorm as LayerNorm, RMSNorm as RMSNorm

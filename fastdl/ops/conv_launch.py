@@ -102,10 +102,11 @@ def choose(x: Tensor, weight: Tensor, y_shape: Any, geometry: Geometry, last: bo
         return DEPTHWISE
     op = "conv" if last else "conv_nchw"
     tuned = _tuned.lookup(op, x.dtype, (positions, outs // groups, C, KH * KW), device)
-    if tuned is not None:
+    if tuned is not None and tuned.variant == "implicit":
         return fitting(tuned, x.dtype, device)
     simple = geometry.stride == [1, 1] and geometry.padding == [0, 0] and groups == KH == KW == 1
-    if simple and last and x.is_contiguous(memory_format=torch.channels_last):
+    simple = simple and last and x.is_contiguous(memory_format=torch.channels_last)
+    if simple and (tuned is None or tuned.variant == "pointwise"):
         return POINTWISE
     if device.backend == "interpreter" and C >= 16:
         return _implicit(32, 16, 16, 4, 2)

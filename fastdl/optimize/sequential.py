@@ -1,4 +1,4 @@
-"""nn.Sequential that runs a Linear, its activation and its dropout as one op."""
+"""nn.Sequential that runs a layer with its activation, and a Linear with its dropout, as one op."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +8,15 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import nn as fused
 from ..nn._children import is_plain as is_plain, run_linear
+from ..nn.conv import run_conv
 from ..ops.activation import BY_MODULE
 
 ACTIVATIONS = frozenset(
     cls for cls in vars(fused).values() if isinstance(cls, type) and cls in BY_MODULE
 )
+
+
+CONVOLUTIONS = (fused.Conv1d, fused.Conv2d, fused.ConvTranspose2d)
 
 
 class Sequential(nn.Sequential):
@@ -39,16 +43,18 @@ class Sequential(nn.Sequential):
 
 def group_length(kinds: Sequence[type | None], start: int) -> int:
     """How many classes from `start` on are one op. None stands for a module that must be called."""
-    if kinds[start] is not fused.Linear:
+    if kinds[start] is not fused.Linear and kinds[start] not in CONVOLUTIONS:
         return 1
     end = start + 1
     if end < len(kinds) and kinds[end] in ACTIVATIONS:
         end += 1
-    if end < len(kinds) and kinds[end] is fused.Dropout:
+    if end < len(kinds) and kinds[end] is fused.Dropout and kinds[start] is fused.Linear:
         end += 1
     return end - start
 
 
-def _run_group(input: Tensor, linear: nn.Module, *rest: nn.Module) -> Tensor:
+def _run_group(input: Tensor, layer: nn.Module, *rest: nn.Module) -> Tensor:
+    if isinstance(layer, CONVOLUTIONS):
+        return run_conv(input, layer, *rest)
     dropout = rest[-1] if type(rest[-1]) is fused.Dropout else None
-    return run_linear(input, linear, None if rest[0] is dropout else rest[0], dropout)
+    return run_linear(input, layer, None if rest[0] is dropout else rest[0], dropout)
