@@ -45,23 +45,22 @@ def prelu(t: Maker) -> "partial[Any]":
     return made(t)
 
 
-STRIDED = {"groups": 2, "stride": 2, "padding": 1, "dilation": (1, 2)}
-UP = {"op": FF.conv_transpose2d, "stride": 2, "output_padding": 1}
+STRIDED: dict[str, Any] = {"groups": 2, "stride": 2, "padding": 1, "dilation": (1, 2)}
+UP: dict[str, Any] = {"op": FF.conv_transpose2d, "stride": 2, "output_padding": 1}
 
 CASES = [
-    Case("planes", "the bias of a channel, the end of its plane", call((2, 3, 9, 8), (11, 3, 3, 3), activation="relu"), core=True, exact=True, spelled=True),
+    Case("planes", "the bias of a channel, the end of its plane", call((2, 3, 9, 8), (11, 3, 3, 3), activation="relu"), exact=True, spelled=True),
     Case("residual", "a residual inside of the activation, and z with it", call((2, 3, 9, 8), (11, 3, 3, 3), residual=(2, 11, 7, 6), activation="gelu"), core=True, spelled=True),
     Case("channels last", "rows of channels", call((3, 5, 5, 8), (37, 5, 3, 3), last=1, residual=(3, 37, 3, 6), activation="gelu"), spelled=True),
     Case("residual alone", "a missing bias and activation", call((2, 3, 5, 4), (4, 3, 3, 3), bias=False, residual=(2, 4, 3, 2)), exact=True, spelled=True),
     Case("nothing after", "torch's own, and its gradients", call((2, 3, 5, 4), (4, 3, 3, 3), padding=(0, 1)), exact=True, spelled=True),
-    Case("implicit", "groups, stride, padding, dilation, tails of all", call((2, 36, 9, 8), (40, 18, 3, 2), activation="relu", **STRIDED), core=True, exact=True),
-    Case("implicit, channels last", "taps of gathered rows, many tiles", call((3, 16, 7, 9), (36, 16, 3, 3), last=1, padding=1, residual=(3, 36, 7, 9), activation="silu"), spelled=True),
-    Case("implicit, exact", "groups and tails with channels last", call((2, 36, 9, 8), (40, 18, 3, 2), last=1, **STRIDED), exact=True),
+    Case("implicit", "groups, stride, padding, dilation, tails of all", call((2, 36, 9, 8), (20, 18, 2, 2), activation="relu", **STRIDED), core=True, exact=True),
+    Case("implicit, channels last", "taps of gathered rows, many tiles", call((3, 16, 5, 7), (36, 16, 3, 2), last=1, padding=1, residual=(3, 36, 5, 8), activation="silu"), spelled=True),
     Case("pointwise", "a residual inside of the activation of a product", call((2, 24, 5, 7), (20, 24, 1, 1), last=1, residual=(2, 20, 5, 7), activation="gelu"), spelled=True),
     Case("pointwise, split", "slices of K, finished", call((1, 520, 1, 3), (20, 520, 1, 1), last=1, residual=(1, 20, 1, 3), activation="relu"), exact=True),
     Case("pointwise, strided", "a kernel of 1 that skips", call((2, 24, 5, 7), (20, 24, 1, 1), last=1, stride=2), exact=True),
-    Case("depthwise", "taps of a channel", call((2, 11, 9, 8), (11, 1, 3, 3), padding=1, groups=11, activation="relu"), core=True, exact=True, spelled=True),
-    Case("depthwise, channels last", "several channels out of one", call((2, 18, 9, 8), (36, 1, 3, 2), last=1, groups=18, stride=(2, 1), padding=(2, 1), dilation=(2, 1), residual=(2, 36, 5, 9), activation="silu")),
+    Case("depthwise", "taps of a channel", call((2, 11, 6, 7), (11, 1, 3, 2), padding=(1, 0), groups=11, activation="relu"), core=True, exact=True, spelled=True),
+    Case("depthwise, channels last", "several channels out of one", call((2, 18, 7, 6), (36, 1, 3, 2), last=1, groups=18, stride=(2, 1), padding=(2, 1), dilation=(2, 1), residual=(2, 36, 4, 7), activation="silu")),
     Case("transposed", "sizes that grow", call((2, 6, 5, 4), (6, 3, 3, 3), groups=2, activation=("leaky_relu", 0.5), **UP), exact=True, spelled=True),
     Case("one dimension", "a line as a plane", call((2, 6, 11), (8, 6, 3), FF.conv1d, padding=2, activation="gelu"), spelled=True),
     Case("one dimension, same", "an even kernel, which pads one side more", call((2, 18, 11), (8, 18, 4), FF.conv1d, padding="same", activation="relu"), exact=True),
@@ -127,13 +126,14 @@ def bench(
     return BenchCase(" ".join(filter(None, words)), make, bytes, flops, backward=backward)
 
 
-RELU, LAST = {"activation": "relu"}, {"last": 2}
-THREE = ((64, 64, 56, 56), (64, 64, 3, 3))
+RELU: dict[str, Any] = {"activation": "relu"}
+LAST: dict[str, Any] = {"last": 2}
+X3, W3 = (64, 64, 56, 56), (64, 64, 3, 3)
 BENCH = [
-    bench("resnet", *THREE, padding=1, **RELU, **LAST),
-    bench("resnet", *THREE, padding=1, **RELU),
-    bench("resnet", *THREE, padding=1, backward=True, **RELU, **LAST),
-    bench("resnet", *THREE, padding=1, backward=True, **RELU),
+    bench("resnet", X3, W3, padding=1, **RELU, **LAST),
+    bench("resnet", X3, W3, padding=1, **RELU),
+    bench("resnet", X3, W3, padding=1, backward=True, **RELU, **LAST),
+    bench("resnet", X3, W3, padding=1, backward=True, **RELU),
     bench("resnet", (64, 256, 14, 14), (256, 256, 3, 3), padding=1, **RELU, **LAST),
     bench("resnet", (64, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3, **RELU, **LAST),
     bench("resnet", (64, 64, 56, 56), (256, 64, 1, 1), residual=True, **RELU, **LAST),

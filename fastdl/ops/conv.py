@@ -68,12 +68,10 @@ def _forward(
 def _torch_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    *options, keep = rest
-    last = are_last(x, weight)
-    z = definition(x, weight, bias, residual, *options[:6], "none", 0.0, 0.0)
-    y = arranged(apply_definition(z, *options[6:]), last)
-    # a library op does not return the same tensor twice
-    return y.clone() if y is z and keep else y, arranged(z, last) if keep else y.new_empty(0)
+    last, plain = are_last(x, weight), (*rest[:6], "none", 0.0, 0.0)
+    z = definition(x, weight, bias, residual, *plain)
+    y = arranged(apply_definition(z, *rest[6:9]), last)
+    return y, arranged(z, last) if rest[-1] else y.new_empty(0)
 
 
 def _decline(x: Tensor, weight: Tensor, bias: Any, residual: Any, *rest: Any) -> Reason | None:
@@ -334,7 +332,7 @@ def _check_extents(given: Given, geometry: Geometry, x: Tensor, weight: Tensor) 
     return shape
 
 
-def _spell(op: Callable[..., Any], act: Any, name: str, adds: str) -> Spelling:
+def _spell(op: Callable[..., Any], act: Any, name: str, adds: bool) -> Spelling:
     """The op with this way to write its activation, and a residual before it or none."""
     function = getattr(F, op.__name__)
 

@@ -87,7 +87,8 @@ def extent_of(y: Tensor) -> Extent:
 
 
 def tf32() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    backends: Any = torch.backends.cudnn  # its stub lacks `conv`
+    return bool(backends.conv.fp32_precision == "tf32")
 
 
 def choose(x: Tensor, weight: Tensor, y_shape: Any, geometry: Geometry, last: bool) -> Config:

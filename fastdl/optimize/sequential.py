@@ -55,6 +55,6 @@ def group_length(kinds: Sequence[type | None], start: int) -> int:
 
 def _run_group(input: Tensor, layer: nn.Module, *rest: nn.Module) -> Tensor:
     if isinstance(layer, CONVOLUTIONS):
-        return run_conv(input, layer, *rest)
+        return run_conv(input, layer, rest[0])
     dropout = rest[-1] if type(rest[-1]) is fused.Dropout else None
     return run_linear(input, layer, None if rest[0] is dropout else rest[0], dropout)
