@@ -29,6 +29,7 @@ from .ops.attention import (
     varlen_attn as varlen_attn,
 )
 from .ops.attention_spellings import attention as _written_out  # noqa: F401 - fills SPELLINGS
+from .ops.causal_conv1d import causal_conv1d as causal_conv1d
 from .ops.conv import (
     conv1d as conv1d,
     conv2d as conv2d,

@@ -96,7 +96,8 @@ def finish_bwd(
     part = tl.program_id(1)
     n_rows = tl.cdiv(M, BLOCK_M)
 
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # a plane is long, and its sum is taken once
+    total = tl.zeros((BLOCK_M, BLOCK_N) if PLANES else (BLOCK_N,), dtype=tl.float32)
     for block in range(part, n_images * n_rows, tl.num_programs(1)):
         rows = tl.cast(block % n_rows, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
@@ -111,7 +112,7 @@ def finish_bwd(
             dz *= derivative(z, ACT, a, b)
         tl.store(dz_ptr + offsets, dz, mask=mask)
         if dbias_ptr is not None:
-            total += dz
+            total += dz if PLANES else tl.sum(dz, axis=0)
     if dbias_ptr is not None:
-        dbias = tl.sum(total, axis=0)
+        dbias = tl.sum(total, axis=0) if PLANES else total
         tl.store(dbias_ptr + part.to(tl.int64) * N + cols, dbias, mask=cols < N)

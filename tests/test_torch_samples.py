@@ -11,6 +11,7 @@ op_db = pytest.importorskip(
 ).op_db
 
 NAMES = [
+    *("conv1d", "conv2d", "conv_transpose2d"),
     *("celu", "dropout", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "layer_norm"),
     *("leaky_relu", "linear", "logsigmoid", "mish", "relu", "relu6", "rms_norm", "selu", "silu"),
     *("softplus", "scaled_dot_product_attention", "softsign", "tanhshrink"),

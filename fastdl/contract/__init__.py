@@ -1,6 +1,6 @@
 """What every op must survive: its cases, and the checks that run on all of them."""
 
-from . import activation, attention, conv, layernorm, linear, rmsnorm, rotary
+from . import activation, attention, causal_conv1d, conv, layernorm, linear, rmsnorm, rotary
 from .case import (
     DTYPES as DTYPES,
     BenchCase as BenchCase,
@@ -14,6 +14,7 @@ SPECS: dict[str, Spec] = {
     for spec in (
         linear.SPEC,
         conv.SPEC,
+        causal_conv1d.SPEC,
         activation.SPEC,
         layernorm.SPEC,
         rmsnorm.SPEC,
