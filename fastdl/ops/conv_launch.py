@@ -103,13 +103,16 @@ def choose(x: Tensor, weight: Tensor, y_shape: Any, geometry: Geometry, last: bo
         return DEPTHWISE
     op = "conv" if last else "conv_nchw"
     tuned = _tuned.lookup(op, x.dtype, (positions, outs // groups, C, KH * KW), device)
-    if tuned is not None and tuned.variant == "implicit":
+    small = device.backend == "interpreter"
+    # rows are gathered by 16 bytes, and exact fp32 has no tensor cores
+    gathers = small or (C % 16 == 0 and (x.dtype != torch.float32 or tf32()))
+    if gathers and tuned is not None and tuned.variant == "implicit":
         return fitting(tuned, x.dtype, device)
     simple = geometry.stride == [1, 1] and geometry.padding == [0, 0] and groups == KH == KW == 1
     simple = simple and last and x.is_contiguous(memory_format=torch.channels_last)
     if simple and (tuned is None or tuned.variant == "pointwise"):
         return POINTWISE
-    if device.backend == "interpreter" and C >= 16:
+    if small and tuned is None and C >= 16:
         return _implicit(32, 16, 16, 4, 2)
     return VENDOR  # until a measurement says otherwise
 
