@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .finish import finish, offsets_of, with_bias
-from .linear import tile_of
+from .linear import split, tile_of
 
 
 @triton.jit
@@ -51,16 +51,21 @@ def conv_fwd(
         )
         acc = tl.dot(x, weight.T, acc, input_precision=PRECISION)
 
-    mask = (rows < total)[:, None] & (cols < N)[None, :]
-    outs, n_out = group * N + cols, n_groups * N
-    offsets = offsets_of(image[:, None], position, outs, M, n_out, PLANES)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + outs, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    finish(
-        acc, offsets, mask, rows, 0, residual_ptr, None, y_ptr, z_ptr,
-        a, b, 0.0,
-        ACT, True, BLOCK_N,
-    )  # fmt: skip
+    # by halves: a residual of a whole tile does not fit in registers beside it
+    halves = split(acc, BLOCK_M, BLOCK_N)
+    for i in tl.static_range(2):
+        cols = block_n * BLOCK_N + i * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        mask = (rows < total)[:, None] & (cols < N)[None, :]
+        outs = group * N + cols
+        z = halves[i]
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + outs, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        finish(
+            z, offsets_of(image[:, None], position, outs, M, n_groups * N, PLANES), mask,
+            rows, 0, residual_ptr, None, y_ptr, z_ptr,
+            a, b, 0.0,
+            ACT, True, BLOCK_N // 2,
+        )  # fmt: skip
 
 
 @triton.jit

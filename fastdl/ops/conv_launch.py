@@ -230,7 +230,9 @@ def launch_depthwise(
     """`tail` is bias, residual, y and z. Positions of y may be fewer than the padding allows."""
     outs, _, KH, KW = weight.shape
     extent = extent_of(y)
-    config = replace(tile_of(extent, 1024, device_of(x)), variant=config.variant)
+    # taps that lie apart are read one by one, and many of them at a time take registers
+    size = 512 if extent.planes else 1024
+    config = replace(tile_of(extent, size, device_of(x)), variant=config.variant)
     images, M, N, planes = extent
     launch(
         DEPTHWISE_FWD, (images * cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),),
