@@ -132,7 +132,7 @@ def candidates(dtype: torch.dtype, last: bool) -> list[Config]:
     k, offers = (32 if dtype == torch.float32 else 64), [VENDOR]
     tiles = [(64, 64, 4, 3), (128, 128, 8, 3)]
     if not last:
-        tiles += [(128, 64, 8, 3), (64, 128, 8, 3)]
+        tiles.append((64, 128, 8, 3))
     else:
         offers.append(POINTWISE)
         tiles += [(128, 64, 4, 3), (64, 128, 4, 3)]
