@@ -166,6 +166,29 @@ def torch_linear_cross_entropy(
     )
 
 
+def torch_conv(convolve: Form) -> Form:
+    def form(
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any,
+        activation: Any = None, residual: Tensor | None = None, **options: Any,
+    ) -> Tensor:  # fmt: skip
+        y = convolve(input, weight, bias, *rest, **options)
+        return activated(y if residual is None else y + residual, activation)
+
+    return form
+
+
+def torch_causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    activation: Any = None, initial_states: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    length, (channels, width) = x.shape[-1], weight.shape
+    if initial_states is not None:
+        x = torch.cat((initial_states, x), -1)
+    padding = 0 if initial_states is not None else width - 1
+    y = F.conv1d(x, weight.unsqueeze(1), bias, padding=padding, groups=channels)
+    return activated(y[..., :length], activation)
+
+
 # What a user writes without us.
 TORCH: dict[Any, Form] = {
     FF.linear: torch_linear,
@@ -191,6 +214,10 @@ TORCH: dict[Any, Form] = {
     FF.cross_entropy: torch_cross_entropy,
     FF.nll_loss: F.nll_loss,
     FF.linear_cross_entropy: torch_linear_cross_entropy,
+    FF.conv1d: torch_conv(F.conv1d),
+    FF.conv2d: torch_conv(F.conv2d),
+    FF.conv_transpose2d: torch_conv(F.conv_transpose2d),
+    FF.causal_conv1d: torch_causal_conv1d,
     FF.scaled_dot_product_attention: torch_attention,
     FF.varlen_attn: torch_varlen,
 }
@@ -220,10 +247,28 @@ def chunked_rivals(call: "partial[Any]", compiled: bool) -> dict[str, Form]:
     return {"chunked": partial(chunked, options=options)}
 
 
+def conv_rivals(call: "partial[Any]", compiled: bool) -> dict[str, Form]:
+    """cuDNN's single call, which torch has for relu: for inference."""
+    options = call.keywords
+    simple = len(call.args) == 3 and options.get("activation") == "relu"
+    if not simple or call.args[2] is None or call.args[0].requires_grad:
+        return {}
+
+    def cudnn(input: Tensor, weight: Tensor, bias: Tensor, **given: Any) -> Tensor:
+        pairs = [[given.get(n, d)] * 2 for n, d in (("stride", 1), ("padding", 0), ("dilation", 1))]
+        groups, residual = given.get("groups", 1), given.get("residual")
+        if residual is None:
+            return torch.cudnn_convolution_relu(input, weight, bias, *pairs, groups)
+        return torch.cudnn_convolution_add_relu(input, weight, residual, 1, bias, *pairs, groups)
+
+    return {"cudnn": cudnn}
+
+
 # What else torch has, by name, for calls like the one given.
 RIVALS: dict[Any, Callable[["partial[Any]", bool], dict[str, Form]]] = {
     FF.linear: linear_rivals,
     FF.linear_cross_entropy: chunked_rivals,
+    FF.conv2d: conv_rivals,
     FF.scaled_dot_product_attention: attention_rivals,
     FF.varlen_attn: varlen_rivals,
 }

@@ -43,6 +43,12 @@ from .ops.attention import (
     varlen_attn as varlen_attn,
 )
 from .ops.batchnorm import batch_norm as batch_norm
+from .ops.causal_conv1d import causal_conv1d as causal_conv1d
+from .ops.conv import (
+    conv1d as conv1d,
+    conv2d as conv2d,
+    conv_transpose2d as conv_transpose2d,
+)
 from .ops.cross_entropy import cross_entropy as cross_entropy
 from .ops.embedding import embedding as embedding
 from .ops.glu import glu as glu

@@ -5,8 +5,7 @@ kept for backward.
 import triton
 import triton.language as tl
 
-from ._math import activate, derivative
-from ._rng import dropout
+from .finish import finish, with_bias
 
 
 @triton.jit
@@ -29,30 +28,25 @@ def split(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def epilogue(
     z, rows, first_col, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
     M, N, a, b, p,
-    ACT: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACT: tl.constexpr, INSIDE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Finish a tile of z in registers: bias, activation, dropout, residual."""
     cols = first_col + tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     offsets = rows[:, None] * N + cols[None, :]
-
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    if z_ptr is not None:
-        tl.store(z_ptr + offsets, z, mask=mask)
-    y = activate(z, ACT, a, b)
-    if seed_ptr is not None:
-        y = dropout(y, seed_ptr, rows[:, None], first_col, p, BLOCK_N)
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, y, mask=mask)
+    finish(
+        with_bias(z, bias_ptr, cols, N), offsets, mask,
+        rows, first_col, residual_ptr, seed_ptr, y_ptr, z_ptr,
+        a, b, p,
+        ACT, INSIDE, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit
 def linear_fwd(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr, partial_ptr,
     M, N, K, x_row, w_row, a, b, p,
-    ACT: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    ACT: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SWAP: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +88,7 @@ def linear_fwd(
             acc, rows, block_n.to(tl.int64) * BLOCK_N,
             bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
             M, N, a, b, p,
-            ACT, BLOCK_N,
+            ACT, INSIDE, BLOCK_N,
         )  # fmt: skip
 
 
@@ -102,7 +96,7 @@ def linear_fwd(
 def linear_persistent(
     x_desc, weight_desc, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
     M, N, K, a, b, p,
-    ACT: tl.constexpr,
+    ACT: tl.constexpr, INSIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """As many programs as processors take tiles in turn, through tensor descriptors (TMA)."""
@@ -124,61 +118,5 @@ def linear_persistent(
                 quarter, rows, first_col + i * (BLOCK_N // 4),
                 bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
                 M, N, a, b, p,
-                ACT, BLOCK_N // 4,
+                ACT, INSIDE, BLOCK_N // 4,
             )  # fmt: skip
-
-
-@triton.jit
-def linear_finish(
-    partial_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
-    M, N, n_parts, a, b, p,
-    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Add up the slices of a product, in a fixed order, and finish it."""
-    n_cols = tl.cdiv(N, BLOCK_N)
-    rows = (tl.program_id(0) // n_cols).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_col = (tl.program_id(0) % n_cols).to(tl.int64) * BLOCK_N
-    cols = first_col + tl.arange(0, BLOCK_N)
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
-
-    z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for part in range(n_parts):
-        offsets = (tl.cast(part, tl.int64) * M + rows)[:, None] * N + cols[None, :]
-        z += tl.load(partial_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    epilogue(
-        z, rows, first_col, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
-        M, N, a, b, p,
-        ACT, BLOCK_N,
-    )  # fmt: skip
-
-
-@triton.jit
-def linear_bwd(
-    dy_ptr, z_ptr, seed_ptr, dz_ptr, dbias_ptr,
-    M, N, a, b, p,
-    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dz = act'(z) dropout(dy). A program takes every P-th row block of one column block and leaves
-    a partial dbias.
-    """
-    first_col = tl.program_id(0).to(tl.int64) * BLOCK_N
-    cols = first_col + tl.arange(0, BLOCK_N)
-    part = tl.program_id(1)
-
-    dbias = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for first_row in range(part * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
-        rows = tl.cast(first_row, tl.int64) + tl.arange(0, BLOCK_M)
-        mask = (rows < M)[:, None] & (cols < N)[None, :]
-        offsets = rows[:, None] * N + cols[None, :]
-
-        # dy is 0 past the end, so the sum over rows needs no mask
-        dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        if seed_ptr is not None:
-            dz = dropout(dz, seed_ptr, rows[:, None], first_col, p, BLOCK_N)
-        if ACT != "none":
-            z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            dz *= derivative(z, ACT, a, b)
-        tl.store(dz_ptr + offsets, dz, mask=mask)
-        dbias += tl.sum(dz, axis=0)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + part.to(tl.int64) * N + cols, dbias, mask=cols < N)

@@ -105,7 +105,7 @@ def test_main_loop_of_a_product():
         assert loop["mufu"] == loop["fp32"] == 0
         assert 60 < loop["other"] < 160
         assert round(loop["tflops"][1]) == (474 if exact else 949)
-    others = [row for row in result.rows if row.spec.name == "linear_bwd"]
+    others = [row for row in result.rows if row.spec.name == "finish_bwd"]
     assert others and all(row.facts.loop is None and "-" in row.cells() for row in others)
     assert f"{loop['tensor']} tensor 0 MUFU 0 FP32 {loop['other']} other; " in str(result)
 

@@ -195,6 +195,8 @@ def by_name(torch_us, **us):
 
 SIZES_OF = [
     ("linear", (5, 20, 48)),
+    ("conv", (40, 9, 18, 1)),
+    ("conv_nchw", (20, 9, 18, 9)),
     ("layer_norm", (40,)),
     ("rms_norm", (40,)),
     ("rms_norm_backward", (40,)),

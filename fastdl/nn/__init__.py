@@ -28,8 +28,14 @@ from .attention import (
     TransformerDecoderLayer as TransformerDecoderLayer,
     TransformerEncoderLayer as TransformerEncoderLayer,
 )
-from .embedding import Embedding as Embedding
-from .linear import MLP as MLP, GatedMLP as GatedMLP, Linear as Linear
+from .embedding import (
+    Embedding as Embedding,
+)
+from .linear import (
+    MLP as MLP,
+    GatedMLP as GatedMLP,
+    Linear as Linear,
+)
 from .losses import (
     BCEWithLogitsLoss as BCEWithLogitsLoss,
     CrossEntropyLoss as CrossEntropyLoss,
@@ -60,3 +66,4 @@ from .softmax import (
 
 if hasattr(losses, "LinearCrossEntropyLoss"):
     LinearCrossEntropyLoss = losses.LinearCrossEntropyLoss
+from .conv import Conv1d as Conv1d, Conv2d as Conv2d, ConvTranspose2d as ConvTranspose2d

@@ -5,13 +5,14 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _tuned
+from ._finish import Extent, launch_backward, launch_finish
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
 from ._op import (
     SPELLINGS,
@@ -39,8 +40,6 @@ from .activation import (
 
 LINEAR_FWD = Kernel("linear.linear_fwd")
 LINEAR_PERSISTENT = Kernel("linear.linear_persistent")
-LINEAR_FINISH = Kernel("linear.linear_finish")
-LINEAR_BWD = Kernel("linear.linear_bwd")
 
 
 Layout = Literal["strided", "rows", "aligned"]
@@ -80,7 +79,9 @@ def _matrix(x: Tensor) -> Tensor:
     return x.reshape(_rows(x), x.shape[-1])
 
 
-def choose(M: int, N: int, K: int, dtype: torch.dtype, device: Device, layout: Layout) -> Config:
+def choose(
+    M: int, N: int, K: int, dtype: torch.dtype, device: Device, layout: Layout, tf32: bool = False
+) -> Config:
     """The launch configuration: a measured one, else by rule."""
     small = device.backend == "interpreter"
     if layout == "strided" or not (small or (layout == "aligned" and N % 16 == 0)):
@@ -89,8 +90,8 @@ def choose(M: int, N: int, K: int, dtype: torch.dtype, device: Device, layout: L
     tma = layout == "aligned" and dtype != torch.float32 and (small or device.has_tma)
     tuned = _tuned.lookup("linear", dtype, (M, N, K), device)
     if tuned is not None and (tma or tuned.variant != "persistent"):
-        return _fitting(tuned, dtype, device)
-    if dtype == torch.float32 and not small and not _tf32():
+        return fitting(tuned, dtype, device)
+    if dtype == torch.float32 and not small and not tf32:
         return GEMM  # exact fp32 has no tensor cores
     return _rule(M, N, K, dtype, device, tma)
 
@@ -110,12 +111,12 @@ def _rule(M: int, N: int, K: int, dtype: torch.dtype, device: Device, tma: bool)
         config = _tiles(128 // scale, 128 // scale, 64 // scale, 8, 3)
     else:
         config = _tiles(64 // scale, 64 // scale, 64 // scale, 4, 4)
-    return _with_splits(_fitting(config, dtype, device), M, N, K, device)
+    return _with_splits(fitting(config, dtype, device), M, N, K, device)
 
 
-def _fitting(config: Config, dtype: torch.dtype, device: Device) -> Config:
+def fitting(config: Config, dtype: torch.dtype, device: Device) -> Config:
     """As many stages as shared memory holds."""
-    if config.variant not in ("tiles", "persistent"):
+    if config.variant not in ("tiles", "persistent", "implicit"):
         return config
     stage = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * dtype.itemsize
     buffers = device.shared // stage
@@ -187,36 +188,52 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
     name: str, a: float, b: float, p: float, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rows, N, options = _matrix(x), weight.shape[0], (name, a, b, p)
+    return product(x, weight, bias, residual, seed, (name, a, b, p), keep, Finish(False, _tf32()))
+
+
+class Finish(NamedTuple):
+    """Whether the residual is added inside of the activation, and the precision of float32."""
+
+    inside: bool
+    tf32: bool
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
+    options: Any, keep: bool, how: Finish,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op on rows, and what is kept for backward."""
+    rows, N = _matrix(x), weight.shape[0]
     M, K = rows.shape
-    config = choose(M, N, K, x.dtype, device_of(x), _layout(rows, weight))
+    config = choose(M, N, K, x.dtype, device_of(x), _layout(rows, weight), how.tf32)
     residual = None if residual is None else residual.contiguous()
     if config.variant == "gemm":
-        return _forward_gemm(x, weight, bias, residual, seed, options, keep)
+        return _forward_gemm(x, weight, bias, residual, seed, options, keep, how)
     y, z = _like(x, weight, bias, residual, seed, *options, keep)
     bias = None if bias is None else bias.contiguous()
     tail = (bias, residual, seed, y, z if keep else None)
     run = _launch_persistent if config.variant == "persistent" else _launch_tiles
-    run(rows, weight, tail, (M, N, K), options, config)
+    run(rows, weight, tail, (M, N, K), options, how, config)
     return y, z
 
 
 def _forward_gemm(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
-    options: Any, keep: bool,
+    options: Any, keep: bool, how: Finish,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """torch's product, and one pass over it if anything is left to do."""
     z = F.linear(x, weight, bias)
     if options[0] == "none" and seed is None and residual is None:
         return z, z.new_empty(0)
     y = torch.empty_like(z)
-    tail = (None, residual, seed, y, None)
-    _launch_finish(z[None], tail, (_rows(z), z.shape[-1], 0), options)
+    # a residual inside of the activation is part of what is kept
+    tail = (None, residual, seed, y, z if keep and how.inside and residual is not None else None)
+    launch_finish(z, 1, tail, Extent(1, _rows(z), z.shape[-1]), options, how.inside)
     return y, z if keep else z.new_empty(0)
 
 
 def _launch_tiles(
-    x: Tensor, weight: Tensor, tail: Any, sizes: Any, options: Any, config: Config
+    x: Tensor, weight: Tensor, tail: Any, sizes: Any, options: Any, how: Finish, config: Config
 ) -> None:
     (M, N, K), (name, a, b, p) = sizes, options
     parts = config.splits
@@ -226,15 +243,15 @@ def _launch_tiles(
         LINEAR_FWD, (tiles, parts),
         x, weight, *tail, partial_sums,
         M, N, K, x.stride(0), weight.stride(0), a, b, p,
-        ACT=name, PRECISION="tf32" if _tf32() else "ieee",
+        ACT=name, INSIDE=how.inside, PRECISION="tf32" if how.tf32 else "ieee",
         EVEN_K=K % (config["BLOCK_K"] * parts) == 0, config=config,
     )  # fmt: skip
     if partial_sums is not None:
-        _launch_finish(partial_sums, tail, sizes, options)
+        launch_finish(partial_sums, parts, tail, Extent(1, M, N), options, how.inside)
 
 
 def _launch_persistent(
-    x: Tensor, weight: Tensor, tail: Any, sizes: Any, options: Any, config: Config
+    x: Tensor, weight: Tensor, tail: Any, sizes: Any, options: Any, how: Finish, config: Config
 ) -> None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -246,19 +263,7 @@ def _launch_persistent(
         LINEAR_PERSISTENT, (min(tiles, device_of(x).sms),),
         x_desc, weight_desc, *tail,
         M, N, K, a, b, p,
-        ACT=name, config=config,
-    )  # fmt: skip
-
-
-def _launch_finish(partial_sums: Tensor, tail: Any, sizes: Any, options: Any) -> None:
-    (M, N, _), (name, a, b, p) = sizes, options
-    config = Config({"BLOCK_M": 16, "BLOCK_N": 128}, 4, 1)
-    tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
-    launch(
-        LINEAR_FINISH, (tiles,),
-        partial_sums, *tail,
-        M, N, partial_sums.shape[0], a, b, p,
-        ACT=name, config=config,
+        ACT=name, INSIDE=how.inside, config=config,
     )  # fmt: skip
 
 
@@ -297,29 +302,11 @@ def _backward(
     if name == "none" and seed is None:
         dz, dbias = dy, dy.sum(0) if needs[2] else None
     else:
-        dz, dbias = _launch_backward(dy.contiguous(), z, seed, (name, a, b, p), needs[2])
+        extent = Extent(1, *dy.shape)
+        dz, dbias = launch_backward(dy.contiguous(), z, seed, extent, (name, a, b, p), needs[2])
     dx = torch.mm(dz, weight).view(x.shape) if needs[0] else None
     dweight = torch.mm(dz.t(), x2) if needs[1] else None
     return dx, dweight, dbias  # type: ignore[return-value]
-
-
-def _launch_backward(
-    dy: Tensor, z: Tensor | None, seed: Tensor | None, options: Any, need_bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    (M, N), (name, a, b, p) = dy.shape, options
-    small = device_of(dy).backend == "interpreter"
-    config = Config({"BLOCK_M": 8, "BLOCK_N": 32} if small else {"BLOCK_M": 32, "BLOCK_N": 128})
-    columns = cdiv(N, config["BLOCK_N"])
-    parts = max(1, min(cdiv(M, config["BLOCK_M"]), 4 * device_of(dy).sms // columns))
-    dz = torch.empty_like(dy)
-    dbias = dy.new_empty((parts, N), dtype=torch.float32) if need_bias else None
-    launch(
-        LINEAR_BWD, (columns, parts),
-        dy, z, seed, dz, dbias,
-        M, N, a, b, p,
-        ACT=name, config=config,
-    )  # fmt: skip
-    return dz, None if dbias is None else dbias.sum(0).to(dy.dtype)
 
 
 def _torch_backward(

@@ -1,6 +1,4 @@
-"""nn.Sequential that runs as one op a Linear, its activation and its dropout, or a norm of channels
-and its activation.
-"""
+"""nn.Sequential that runs a layer with its activation, and a Linear with its dropout, as one op."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +8,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import nn as fused
 from ..nn._children import is_plain as is_plain, run_linear
+from ..nn.conv import run_conv
 from ..nn.norm import run_batch_norm, run_group_norm
 from ..ops.activation import BY_MODULE
 
@@ -17,11 +16,12 @@ ACTIVATIONS = frozenset(
     cls for cls in vars(fused).values() if isinstance(cls, type) and cls in BY_MODULE
 )
 
-_NORMS: dict[type, Callable[[Tensor, nn.Module, nn.Module], Tensor]] = {
+# How a layer runs with the activation after it.
+LAYERS: dict[type, Callable[..., Tensor]] = {
+    fused.Linear: run_linear,
+    **dict.fromkeys((fused.Conv1d, fused.Conv2d, fused.ConvTranspose2d), run_conv),
+    **dict.fromkeys((fused.BatchNorm1d, fused.BatchNorm2d, fused.BatchNorm3d), run_batch_norm),
     fused.GroupNorm: run_group_norm,
-    fused.BatchNorm1d: run_batch_norm,
-    fused.BatchNorm2d: run_batch_norm,
-    fused.BatchNorm3d: run_batch_norm,
 }
 
 
@@ -50,7 +50,7 @@ class Sequential(nn.Sequential):
 def group_length(kinds: Sequence[type | None], start: int) -> int:
     """How many classes from `start` on are one op. None stands for a module that must be called."""
     first, end = kinds[start], start + 1
-    if first is not fused.Linear and first not in _NORMS:
+    if first not in LAYERS:
         return 1
     if end < len(kinds) and kinds[end] in ACTIVATIONS:
         end += 1
@@ -59,8 +59,7 @@ def group_length(kinds: Sequence[type | None], start: int) -> int:
     return end - start
 
 
-def _run_group(input: Tensor, first: nn.Module, *rest: nn.Module) -> Tensor:
-    if type(first) in _NORMS:
-        return _NORMS[type(first)](input, first, *rest)
-    dropout = rest[-1] if type(rest[-1]) is fused.Dropout else None
-    return run_linear(input, first, None if rest[0] is dropout else rest[0], dropout)
+def _run_group(input: Tensor, layer: nn.Module, *rest: nn.Module) -> Tensor:
+    if type(rest[-1]) is not fused.Dropout:
+        return LAYERS[type(layer)](input, layer, rest[0])
+    return run_linear(input, layer, rest[0] if len(rest) > 1 else None, rest[-1])

@@ -3,6 +3,7 @@
 import datetime
 import functools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -99,7 +100,8 @@ def tune(
 ) -> Report:
     """Find the fastest configurations for `shapes` and write them to the user's table, or `path`.
 
-    Shapes are (M, N, K) for "linear", (columns,) for norms, softmax and their backward passes, and
+    Shapes are (M, N, K) for "linear", (positions, channels out, channels in, taps) for "conv",
+    channels of a group, (columns,) for norms, softmax and their backward passes, and
     (rows, columns) for "attention": queries of the heads that share keys, and columns of a head.
     Where torch is faster at a product, a norm or softmax, the table says so: the op runs in torch.
     """
@@ -297,6 +299,28 @@ def _linear(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
     )  # fmt: skip
 
 
+def _conv(last: bool, dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
+    """Images of 32 by 32, or a line of positions, and a square kernel."""
+    positions, outs, channels, taps = sizes
+    side, side_of_kernel = (32 if positions >= 1024 else 1), math.isqrt(taps)
+    image = (
+        (positions // side**2, channels, side, side) if side > 1 else (1, channels, 1, positions)
+    )
+    x = _normal(*image, dtype=dtype, device=device)
+    w = _normal(outs, channels, side_of_kernel, side_of_kernel, dtype=dtype, device=device)
+    w, b = w / (taps * channels) ** 0.5, _normal(outs, dtype=dtype, device=device)
+    if last:
+        x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    padding = side_of_kernel // 2
+    return Problem(
+        "conv" if last else "conv_nchw", dtype, sizes,
+        lambda: FF.conv2d(x, w, b, padding=padding, activation="relu"),
+        lambda: F.relu(F.conv2d(x, w, b, padding=padding)),
+        lambda: F.relu(F.conv2d(x.double(), w.double(), b.double(), padding=padding)),
+        replaceable=False,
+    )  # fmt: skip
+
+
 def _norm(
     op: str, factors: int, dtype: torch.dtype, sizes: tuple[int, ...], device: str
 ) -> Problem:
@@ -417,6 +441,8 @@ def _normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
 
 PROBLEMS: dict[str, Callable[[torch.dtype, tuple[int, ...], str], Problem]] = {
     "linear": _linear,
+    "conv": functools.partial(_conv, True),
+    "conv_nchw": functools.partial(_conv, False),
     "layer_norm": functools.partial(_norm, "layer_norm", 2),
     "layer_norm_backward": functools.partial(_norm_backward, "layer_norm", 2),
     "rms_norm": functools.partial(_norm, "rms_norm", 1),
@@ -429,14 +455,23 @@ PROBLEMS: dict[str, Callable[[torch.dtype, tuple[int, ...], str], Problem]] = {
 }
 
 # What one name stands for where an op has several kernels to tune.
-PASSES = {"attention": ("attention", "attention_dq", "attention_dkdv")}
+PASSES = {
+    "conv": ("conv", "conv_nchw"),
+    "attention": ("attention", "attention_dq", "attention_dkdv"),
+}
 
 # What is tuned if no shapes are given: projections of transformers, also of few rows, widths of
 # norms, and heads.
 _PROJECTIONS = ((4096, 1024), (1024, 4096), (8192, 8192))
 _WIDTHS: list[tuple[int, ...]] = [(n,) for n in (256, 1024, 2048, 4096, 8192, 16384)]
+# Positions, channels out and in, taps: of residual networks and of diffusion.
+_LAYERS: list[tuple[int, ...]] = [
+    (1 << 18, 64, 64, 9), (1 << 16, 128, 128, 9), (1 << 14, 256, 256, 9), (1 << 15, 320, 320, 9),
+]  # fmt: skip
 DEFAULTS: dict[str, list[tuple[int, ...]]] = {
     "linear": [(m, *sizes) for m in (16, 8192) for sizes in _PROJECTIONS],
+    "conv": _LAYERS,
+    "conv_nchw": _LAYERS,
     "layer_norm": _WIDTHS,
     "layer_norm_backward": _WIDTHS,
     "rms_norm": _WIDTHS,

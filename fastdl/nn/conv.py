@@ -1,0 +1,48 @@
+"""Convolutions."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional as FF
+
+
+class Conv1d(nn.Conv1d):
+    """:class:`torch.nn.Conv1d` on the fused kernels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return run_conv(input, self)
+
+
+class Conv2d(nn.Conv2d):
+    """:class:`torch.nn.Conv2d` on the fused kernels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return run_conv(input, self)
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """:class:`torch.nn.ConvTranspose2d` on the fused kernels."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return run_conv(input, self, output_size=output_size)
+
+
+def run_conv(
+    input: Tensor, conv: Any, activation: Any = None, output_size: list[int] | None = None
+) -> Tensor:
+    """activation(conv(input)), as one op."""
+    given, kept = (conv.weight, conv.bias, conv.stride), {"activation": activation}
+    if conv.transposed:
+        after = conv._output_padding(
+            input, output_size, conv.stride, conv.padding, conv.kernel_size, 2, conv.dilation
+        )
+        rest = (conv.padding, after, conv.groups, conv.dilation)
+        return FF.conv_transpose2d(input, *given, *rest, **kept)
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = 0
+    op = FF.conv1d if isinstance(conv, nn.Conv1d) else FF.conv2d
+    return op(input, *given, padding, conv.dilation, conv.groups, **kept)
