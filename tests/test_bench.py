@@ -272,7 +272,7 @@ def test_every_bench_case_has_a_plain_torch_form(op):
     for case in SPECS[op].bench:
         call = case.make(rows.Maker(case.dtype, device="meta"))
         outputs = rows.floats(rows.TORCH[call.func](*call.args, **call.keywords))
-        assert outputs[0].shape[0] == call.args[0].shape[0]
+        assert outputs[0].shape[:1] in ((), call.args[0].shape[:1])  # a loss is a number
 
 
 def test_ceilings():

@@ -31,7 +31,7 @@ def test_the_printed_op_passes_its_contract(tmp_path, device):
     with (tmp_path / "fastdl/functional.py").open("a") as functional:
         functional.write(line)
     specs = tmp_path / "fastdl/contract/__init__.py"
-    edit(specs, "from . import ", "from . import square_relu, ")
+    edit(specs, "from . import (\n", "from . import (\n    square_relu,\n")
     edit(specs, "    for spec in (\n", "    for spec in (\n        square_relu.SPEC,\n")
 
     options = ["-q", "-p", "no:cacheprovider", f"--device={device}", "-k", "square_relu"]
