@@ -31,8 +31,8 @@ def test_the_printed_op_passes_its_contract(tmp_path, device):
     with (tmp_path / "fastdl/functional.py").open("a") as functional:
         functional.write(line)
     specs = tmp_path / "fastdl/contract/__init__.py"
-    edit(specs, "from . import (", "from . import (square_relu, ")
-    edit(specs, "    for spec in (\n", "    for spec in (\n        square_relu.SPEC,\n")
+    edit(specs, "from . import (\n", "from . import (\n    square_relu,\n")
+    edit(specs, "    for module in (\n", "    for module in (\n        square_relu,\n")
 
     options = ["-q", "-p", "no:cacheprovider", f"--device={device}", "-k", "square_relu"]
     done = subprocess.run(

@@ -28,6 +28,7 @@ from .attention import (
     TransformerDecoderLayer as TransformerDecoderLayer,
     TransformerEncoderLayer as TransformerEncoderLayer,
 )
+from .conv import Conv1d as Conv1d, Conv2d as Conv2d, ConvTranspose2d as ConvTranspose2d
 from .embedding import (
     Embedding as Embedding,
 )
@@ -66,4 +67,3 @@ from .softmax import (
 
 if hasattr(losses, "LinearCrossEntropyLoss"):
     LinearCrossEntropyLoss = losses.LinearCrossEntropyLoss
-from .conv import Conv1d as Conv1d, Conv2d as Conv2d, ConvTranspose2d as ConvTranspose2d
