@@ -36,4 +36,5 @@ from .ops.multi_head_attention import (
     multi_head_attention_forward as multi_head_attention_forward,
 )
 from .ops.rmsnorm import rms_norm as rms_norm
+from .ops.rnn_network import gru as gru, lstm as lstm, rnn as rnn
 from .ops.rotary import apply_rotary_emb as apply_rotary_emb

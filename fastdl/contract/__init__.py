@@ -1,6 +1,6 @@
 """What every op must survive: its cases, and the checks that run on all of them."""
 
-from . import activation, attention, layernorm, linear, rmsnorm, rotary
+from . import activation, attention, layernorm, linear, rmsnorm, rnn, rotary
 from .case import (
     DTYPES as DTYPES,
     BenchCase as BenchCase,
@@ -18,5 +18,8 @@ SPECS: dict[str, Spec] = {
         rmsnorm.SPEC,
         attention.SPEC,
         rotary.SPEC,
+        rnn.LSTM_SPEC,
+        rnn.GRU_SPEC,
+        rnn.RNN_SPEC,
     )
 }
