@@ -1,4 +1,4 @@
-"""Cells of recurrent layers on tiles of rows and units: their math, what they keep, what they leave.
+"""Cells of recurrent layers, on tiles of rows and units.
 
 MODE is "lstm" (gates i, f, g, o), "gru" (r, z, n) or the activation of a plain layer. Of an LSTM
 its gates are kept for backward, of a GRU its gates and the old h's share of n.

@@ -20,19 +20,19 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def weights_of(
-    t: Maker, mode: str, I: int, H: int, bias: bool, layers: int, directions: int
+    t: Maker, mode: str, F: int, H: int, bias: bool, layers: int, directions: int
 ) -> list[Tensor]:
     """In the order of `_flat_weights`, of a size that keeps sums near 1."""
     found = []
     for i in range(layers * directions):
-        width = I if i < directions else H * directions
+        width = F if i < directions else H * directions
         found += [t(GATES[mode] * H, n, scale=n**-0.5) for n in (width, H)]
         found += [t(GATES[mode] * H, scale=0.3) for _ in range(2 * bias)]
     return found
 
 
 def call(
-    mode: str, T: int, B: int, I: int, H: int, *, bias: bool = True, layers: int = 1,
+    mode: str, T: int, B: int, F: int, H: int, *, bias: bool = True, layers: int = 1,
     state: bool = True, lengths: Sequence[int] = (), batch_first: bool = False,
     bidirectional: bool = False,
 ) -> "Callable[[Maker], partial[Any]]":  # fmt: skip
@@ -45,14 +45,14 @@ def call(
         }
         if lengths:
             sizes = [sum(n > step for n in lengths) for step in range(T)]
-            x, options["batch_sizes"] = t(sum(sizes), I), torch.tensor(sizes)
+            x, options["batch_sizes"] = t(sum(sizes), F), torch.tensor(sizes)
         else:
-            x = t(B, T, I) if batch_first else t(T, B, I)
+            x = t(B, T, F) if batch_first else t(T, B, F)
         directions, hx = 1 + bidirectional, None
         if state:
             states = [t(layers * directions, B, H) for _ in range(1 + (mode == "lstm"))]
             hx = tuple(states) if mode == "lstm" else states[0]
-        weights = weights_of(t, mode, I, H, bias, layers, directions)
+        weights = weights_of(t, mode, F, H, bias, layers, directions)
         return partial(FUNCTIONS[mode], x, hx, weights, **options)
 
     return make

@@ -23,7 +23,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def step(
     x: Tensor, h: Tensor, c: Tensor | None, weight: Tensor, bias: Tensor | None, mode: str
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """The new h and c, and what is kept of the gates, of the input's product and the old h and c."""
+    """The new h and c, and what is kept of gates, of the input's product and the old h and c."""
     p = F.linear(h, weight, bias)
     if mode == "lstm":
         assert c is not None
@@ -175,7 +175,7 @@ def _torch_backward(
 ) -> Gradients:  # fmt: skip
     grads = (dy, dhn) if dcn is None else (dy, dhn, dcn)
     args = (xp, h0, c0, weight, bias, batch_sizes, mode, reverse)
-    return tuple(gradients(definition, args, grads, [*needs, False, False, False])[:5])  # type: ignore[return-value]
+    return tuple(gradients(definition, args, grads, [*needs, False, False, False])[:5])
 
 
 FORWARD = LibraryOp("recurrence", _forward, like=_like, torch_form=_torch_forward)

@@ -1,5 +1,5 @@
-"""How recurrent layers are launched: all steps by one kernel where the weight fits on the chip, else
-a kernel for each step.
+"""How recurrent layers are launched: one kernel for all steps where the weight fits on the chip,
+else one for each step.
 """
 
 import functools
@@ -161,7 +161,7 @@ def _last(rows: Tensor, B: int, sizes: list[int] | None, steps: Steps, reverse: 
 
 
 def launch_backward(
-    grads: tuple[Tensor, ...], states: tuple[Tensor | None, ...], weight: Tensor,
+    grads: tuple[Tensor | None, ...], states: tuple[Tensor | None, ...], weight: Tensor,
     kept: tuple[Tensor | None, ...], sizes: list[int] | None, mode: str, reverse: bool, out: Any,
 ) -> None:  # fmt: skip
     """Fill d, of the input's shares, dn, of the old h's share of a GRU's n, and dh, dc of the

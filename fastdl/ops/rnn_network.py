@@ -29,13 +29,13 @@ class _Network:
         self.op, self.mode, self.layers, self.directions = op, mode, num_layers, 1 + bidirectional
         self.dropout, self.proj_size, self.training = dropout, proj_size, training
         self.batch_first, self.batch_sizes = batch_first and batch_sizes is None, batch_sizes
-        count, rest = divmod(len(weights), num_layers * self.directions)
-        self.has_biases = count in (4, 5)
-        if rest or count != 2 + 2 * self.has_biases + (proj_size > 0):
+        parts = num_layers * self.directions
+        self.has_biases = len(weights) >= 4 * parts
+        if len(weights) != (2 + 2 * self.has_biases + (proj_size > 0)) * parts:
             raise RuntimeError(
                 f"{op}: there are {len(weights)} weights for num_layers={num_layers}, "
-                f"bidirectional={bool(bidirectional)}, proj_size={proj_size}; allowed are 2 or, with "
-                "biases, 4 for each layer and direction, and one more with a projection"
+                f"bidirectional={bool(bidirectional)}, proj_size={proj_size}; allowed are 2, or "
+                "4 with biases, for each layer and direction, and one more with a projection"
             )
         self.weights, self.hidden = list(weights), weights[1].shape[0] // GATES[mode]
         self._check_input(input)
