@@ -36,5 +36,13 @@ from .ops.multi_head_attention import (
     multi_head_attention_forward as multi_head_attention_forward,
 )
 from .ops.rmsnorm import rms_norm as rms_norm
-from .ops.rnn_network import gru as gru, lstm as lstm, rnn as rnn
+from .ops.rnn_network import (
+    gru as gru,
+    gru_cell as gru_cell,
+    lstm as lstm,
+    lstm_cell as lstm_cell,
+    rnn as rnn,
+    rnn_relu_cell as rnn_relu_cell,
+    rnn_tanh_cell as rnn_tanh_cell,
+)
 from .ops.rotary import apply_rotary_emb as apply_rotary_emb

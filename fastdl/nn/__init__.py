@@ -28,3 +28,11 @@ from .attention import (
 )
 from .linear import MLP as MLP, Linear as Linear
 from .norm import LayerNorm as LayerNorm, RMSNorm as RMSNorm
+from .rnn import (
+    GRU as GRU,
+    LSTM as LSTM,
+    RNN as RNN,
+    GRUCell as GRUCell,
+    LSTMCell as LSTMCell,
+    RNNCell as RNNCell,
+)

@@ -229,3 +229,76 @@ def rnn(
         bidirectional, batch_first, dropout, 0, batch_sizes, training,
     )()  # fmt: skip
     return y, h
+
+
+def _cell(
+    mode: str, input: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> States | None:  # fmt: skip
+    """One step, or None where torch's own cell should take it."""
+    op = f"{OPS[mode]}_cell"
+    for name, x in (("input", input), ("hx", states[0])):
+        if x.dim() != 2:
+            raise RuntimeError(f"{op}: {name} is {tuple(x.shape)}, allowed are two dimensions")
+    weights = [w_ih, w_hh]
+    if b_ih is not None or b_hh is not None:
+        weights += [w_ih.new_zeros(w_ih.shape[:1]) if b is None else b for b in (b_ih, b_hh)]
+    network = _Network(
+        op, mode, input[None], tuple(h[None] for h in states), weights, 1, False, False, 0.0, 0,
+        None, False,
+    )  # fmt: skip
+    if network.decline() in _route.FOR_VENDOR:
+        return None
+    return tuple(h[0] for h in network.fused()[1])
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The next h and c."""
+    found = _cell("lstm", input, tuple(hx), w_ih, w_hh, b_ih, b_hh)
+    return torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh) if found is None else found  # type: ignore[return-value]
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """The next h."""
+    found = _cell("gru", input, (hx,), w_ih, w_hh, b_ih, b_hh)
+    return torch.gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh) if found is None else found[0]
+
+
+def rnn_tanh_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """The next h."""
+    found = _cell("tanh", input, (hx,), w_ih, w_hh, b_ih, b_hh)
+    return torch.rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih, b_hh) if found is None else found[0]
+
+
+def rnn_relu_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """The next h."""
+    found = _cell("relu", input, (hx,), w_ih, w_hh, b_ih, b_hh)
+    return torch.rnn_relu_cell(input, hx, w_ih, w_hh, b_ih, b_hh) if found is None else found[0]
