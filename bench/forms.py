@@ -83,6 +83,26 @@ def torch_rotary(
     return (x * cos + rotated * sin).to(x.dtype)
 
 
+def torch_recurrent(
+    input: Tensor, hx: Any, weights: list[Tensor], *, states: int, nonlinearity: str = "",
+    num_layers: int = 1, bidirectional: bool = False, batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """What the forward of torch's modules calls."""
+    name = {1: "gru", 2: "lstm"}[states] if not nonlinearity else f"rnn_{nonlinearity}"
+    units = weights[1].shape[1]
+    if hx is None:
+        batch = input.shape[0 if batch_first else 1] if batch_sizes is None else batch_sizes[0]
+        zeros = input.new_zeros(num_layers * (1 + bidirectional), batch, units)
+        hx = (zeros, zeros) if states == 2 else zeros
+    biases = len(weights) == 4 * num_layers * (1 + bidirectional)
+    # cuDNN keeps what backward needs if it is told that this is training
+    options = (weights, biases, num_layers, 0.0, input.requires_grad, bidirectional)
+    if batch_sizes is not None:
+        return getattr(torch._VF, name)(input, batch_sizes, hx, *options)
+    return getattr(torch._VF, name)(input, hx, *options, batch_first)
+
+
 # What a user writes without us.
 TORCH: dict[Any, Form] = {
     FF.linear: torch_linear,
@@ -93,6 +113,9 @@ TORCH: dict[Any, Form] = {
     FF.apply_rotary_emb: torch_rotary,
     FF.scaled_dot_product_attention: torch_attention,
     FF.varlen_attn: torch_varlen,
+    FF.lstm: partial(torch_recurrent, states=2),
+    FF.gru: partial(torch_recurrent, states=1),
+    FF.rnn: partial(torch_recurrent, states=1),
 }
 
 

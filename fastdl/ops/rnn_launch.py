@@ -45,14 +45,19 @@ def rule(mode: str, B: int, H: int, dtype: torch.dtype, device: Device) -> Confi
     if walks(mode, H, dtype, device):
         return _walk(4 if device.backend == "interpreter" else 16, H)
     if device.backend == "interpreter":
-        return _steps(4, 8, 16, 4, 2)
+        return _steps(4, 16, 16, 4, 2)
     rows = min(64, max(16, power_of_2(B)))
     # as many programs as processors, if tiles of 16 units make so many
     units = 64
     while units > 16 and cdiv(B, rows) * cdiv(H, units) < device.sms:
         units //= 2
     deep = dtype != torch.float32
-    return _steps(rows, units, 128 if deep else 32, 4, 3 if deep else 2)
+    return _steps(rows, units, 128 if deep else 32, _warps(rows, units), 3 if deep else 2)
+
+
+def _warps(rows: int, units: int) -> int:
+    """A thread stores at least 8 units of a tile, 16 bytes."""
+    return min(4, rows * units // 256)
 
 
 def _walk(rows: int, H: int) -> Config:
@@ -73,7 +78,7 @@ def candidates(
     _, _, H = sizes
     deep = 64 if dtype != torch.float32 else 32
     found = [
-        _steps(rows, units, deep, 4, 3)
+        _steps(rows, units, deep, _warps(rows, units), 3)
         for rows in (16, 32, 64)
         for units in (16, 32, 64)
         if rows * units <= 2048
@@ -106,9 +111,10 @@ class Steps(NamedTuple):
 
 def sizes_of(rows: Tensor, h0: Tensor, batch_sizes: Tensor | None) -> list[int]:
     """Rows of each step."""
-    if batch_sizes is None:
-        return [h0.shape[0]] * (rows.shape[0] // h0.shape[0])
-    return batch_sizes.tolist()
+    if batch_sizes is not None:
+        return batch_sizes.tolist()
+    B = h0.shape[0]
+    return [B] * (rows.shape[0] // B) if B else [0]
 
 
 def _starts(sizes: list[int], like: Tensor) -> Tensor:
