@@ -75,14 +75,14 @@ GRU = [
     Case("walk", "masks of rows and units", call("gru", 3, 5, 6, 9), core=True),
     Case("steps", "tiles of units, and sums over several blocks", call("gru", 2, 5, 3, 20)),
     Case("packed, walk", "sequences that end and begin", call("gru", 3, 5, 3, 7, lengths=LENGTHS, bidirectional=True)),
-    Case("packed, steps", "sequences that end and begin", call("gru", 3, 5, 2, 18, lengths=LENGTHS)),
     Case("no biases", "a bias inside of the gate that is not there", call("gru", 2, 5, 3, 5, bias=False, state=False)),
 ]  # fmt: skip
 
+# Of sizes at which no sum is so near to 0 that rounding decides of the gradient of relu.
 RNN = [
     Case("tanh, walk", "masks of rows and units", call("tanh", 3, 5, 6, 9), core=True),
     Case("tanh, steps", "tiles of units, and sums over several blocks", call("tanh", 2, 5, 3, 36)),
-    Case("relu, walk", "which row and unit is whose", call("relu", 3, 5, 3, 5, lengths=LENGTHS, bidirectional=True), exact=True),
+    Case("relu, walk", "which row and unit is whose", call("relu", 3, 5, 4, 4, lengths=LENGTHS, bidirectional=True), exact=True),
     Case("relu, steps", "which row and unit is whose", call("relu", 2, 5, 2, 34), exact=True),
 ]  # fmt: skip
 
@@ -91,7 +91,7 @@ def tall(mode: str) -> Case:
     """The recurrence without its input's product."""
 
     def make(t: Maker) -> "partial[Any]":
-        T, B, H = 8, 32, 16
+        T, B, H = 26, 8, 16
         xp, h0, c0 = t(T * B, GATES[mode] * H), t(B, H), t(B, H) if mode == "lstm" else None
         weight = t(GATES[mode] * H, H, scale=0.2)
         return partial(recurrence, xp, h0, c0, weight, None, None, mode, False)
@@ -150,7 +150,7 @@ LSTM_SPEC = Spec(
 )  # fmt: skip
 GRU_SPEC = Spec(
     "gru", GRU, OPS, bad_calls=bad_calls("gru"),
-    one_pass=[tall("gru")],
+    # no one_pass: the gradient of n's share of h is a result of no op, and still must be written
     bench=[
         bench("gru", 256, 64, 128), bench("gru", 256, 64, 128, True),
         bench("gru", 256, 64, 512, True), bench("gru", 64, 64, 1024, True),

@@ -35,9 +35,11 @@ def choose(mode: str, T: int, B: int, H: int, dtype: torch.dtype, device: Device
 
 
 def walks(mode: str, H: int, dtype: torch.dtype, device: Device) -> bool:
-    """Whether one program holds the weight of all gates."""
+    """Whether one program holds the weight of all gates, in exact float32 in its registers."""
     bytes = GATES[mode] * max(16, power_of_2(H)) ** 2 * dtype.itemsize
-    return bytes <= (4096 if device.backend == "interpreter" else device.shared * 3 // 5)
+    if device.backend == "interpreter":
+        return bytes <= 4096
+    return bytes <= (device.shared * 3 // 5 if dtype != torch.float32 else 16384)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -51,8 +53,10 @@ def rule(mode: str, B: int, H: int, dtype: torch.dtype, device: Device) -> Confi
     units = 64
     while units > 16 and cdiv(B, rows) * cdiv(H, units) < device.sms:
         units //= 2
-    deep = dtype != torch.float32
-    return _steps(rows, units, 128 if deep else 32, _warps(rows, units), 3 if deep else 2)
+    warps = _warps(rows, units)
+    if dtype == torch.float32:
+        return _steps(rows, units, 32, warps, 2)
+    return _steps(rows, units, 64 if warps == 1 else 128, warps, 3)
 
 
 def _warps(rows: int, units: int) -> int:
