@@ -103,6 +103,25 @@ def torch_recurrent(
     return getattr(torch._VF, name)(input, hx, *options, batch_first)
 
 
+def torch_layer_norm_lstm(
+    input: Tensor, hx: Any, weights: list[Tensor], *, eps: float = 1e-5, num_layers: int = 1,
+    bidirectional: bool = False, batch_first: bool = False,
+) -> Any:  # fmt: skip
+    """A loop over the steps of one layer, as there is no call for it."""
+    assert not (bidirectional or batch_first) and num_layers == 1 and hx is None
+    w_ih, w_hh, *factors = weights
+    (g_x, b_x, g_h, b_h, g_c, b_c), wide = factors, w_ih.shape[:1]
+    h = c = input.new_zeros(input.shape[1], w_hh.shape[1])
+    outputs = []
+    for x in F.layer_norm(F.linear(input, w_ih), wide, g_x, b_x, eps):
+        gates = x + F.layer_norm(F.linear(h, w_hh), wide, g_h, b_h, eps)
+        i, f, g, o = gates.chunk(4, -1)
+        c = F.layer_norm(f.sigmoid() * c + i.sigmoid() * g.tanh(), c.shape[-1:], g_c, b_c, eps)
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    return torch.stack(outputs), (h[None], c[None])
+
+
 # What a user writes without us.
 TORCH: dict[Any, Form] = {
     FF.linear: torch_linear,
@@ -114,6 +133,7 @@ TORCH: dict[Any, Form] = {
     FF.scaled_dot_product_attention: torch_attention,
     FF.varlen_attn: torch_varlen,
     FF.lstm: partial(torch_recurrent, states=2),
+    FF.layer_norm_lstm: torch_layer_norm_lstm,
     FF.gru: partial(torch_recurrent, states=1),
     FF.rnn: partial(torch_recurrent, states=1),
 }

@@ -39,6 +39,7 @@ from .ops.rmsnorm import rms_norm as rms_norm
 from .ops.rnn_network import (
     gru as gru,
     gru_cell as gru_cell,
+    layer_norm_lstm as layer_norm_lstm,
     lstm as lstm,
     lstm_cell as lstm_cell,
     rnn as rnn,

@@ -226,6 +226,33 @@ def test_optimizer_swaps_them(device):
     assert (type(model["lstm"]), type(model["cell"])) == (nn.LSTM, nn.GRUCell)
 
 
+def test_layer_norm_module(device, fused):
+    """Against cells of torch's own modules, unbatched too."""
+    module = fnn.LayerNormLSTM(FEATURES, UNITS, batch_first=True, eps=1e-3).to(device)
+    assert repr(module) == "LayerNormLSTM(4, 5, batch_first=True, eps=0.001)"
+    norms = {
+        part: nn.LayerNorm(n, 1e-3).to(device) for part, n in (("ih", 20), ("hh", 20), ("c", 5))
+    }
+    for part, norm in norms.items():
+        for name, own in norm.named_parameters():
+            own.data.normal_()
+            getattr(module, f"norm_{part}_{name}_l0").data.copy_(own)
+    x = torch.randn(BATCH, STEPS, FEATURES, device=device)
+    h = c = torch.zeros(BATCH, UNITS, device=device)
+    for t in range(STEPS):
+        gates = norms["ih"](x[:, t] @ module.weight_ih_l0.t()) + norms["hh"](
+            h @ module.weight_hh_l0.t()
+        )
+        i, f, g, o = gates.chunk(4, -1)
+        c = norms["c"](f.sigmoid() * c + i.sigmoid() * g.tanh())
+        h = o.sigmoid() * c.tanh()
+        same(module(x)[0][:, t], h)
+    same(module(x)[1], (h[None], c[None]))
+    same(module(x[0])[0], module(x)[0][0])
+    twin = pickle.loads(pickle.dumps(module))
+    same(twin(x)[0], module(x)[0])
+
+
 module_db = pytest.importorskip(
     "torch.testing._internal.common_modules", reason="torch ships no sample modules here"
 ).module_db

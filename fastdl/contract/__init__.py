@@ -19,6 +19,7 @@ SPECS: dict[str, Spec] = {
         attention.SPEC,
         rotary.SPEC,
         rnn.LSTM_SPEC,
+        rnn.NORM_SPEC,
         rnn.GRU_SPEC,
         rnn.RNN_SPEC,
     )

@@ -78,6 +78,37 @@ GRU = [
     Case("no biases", "a bias inside of the gate that is not there", call("gru", 2, 5, 3, 5, bias=False, state=False)),
 ]  # fmt: skip
 
+
+def normed(
+    T: int, B: int, F: int, H: int, *, layers: int = 1, state: bool = True,
+    bidirectional: bool = False, batch_first: bool = False,
+) -> "Callable[[Maker], partial[Any]]":  # fmt: skip
+    """With gains around 1."""
+
+    def make(t: Maker) -> "partial[Any]":
+        x, directions = t(B, T, F) if batch_first else t(T, B, F), 1 + bidirectional
+        hx = (t(layers * directions, B, H), t(layers * directions, B, H)) if state else None
+        weights = []
+        for i in range(layers * directions):
+            width = F if i < directions else H * directions
+            weights += [t(4 * H, n, scale=n**-0.5) for n in (width, H)]
+            for n in (4 * H, 4 * H, H):
+                weights += [t(n, scale=0.2, shift=1.0), t(n, scale=0.3)]
+        return partial(
+            FF.layer_norm_lstm, x, hx, weights,
+            num_layers=layers, bidirectional=bidirectional, batch_first=batch_first,
+        )  # fmt: skip
+
+    return make
+
+
+NORMED = [
+    Case("walk", "masks of rows and units", normed(3, 5, 6, 9), core=True),
+    Case("steps", "products that are given", normed(3, 5, 3, 20)),
+    Case("layers", "which state and weight is whose", normed(2, 3, 3, 5, layers=2, bidirectional=True, batch_first=True)),
+    Case("steps, both directions", "where a step came from", normed(2, 2, 2, 17, bidirectional=True, state=False)),
+]  # fmt: skip
+
 # Of sizes at which no sum is so near to 0 that rounding decides of the gradient of relu.
 RNN = [
     Case("tanh, walk", "masks of rows and units", call("tanh", 3, 5, 6, 9), core=True),
@@ -135,6 +166,14 @@ def bench(mode: str, T: int, B: int, H: int, backward: bool = False) -> BenchCas
     return BenchCase(name, call(mode, T, B, H, H, state=False), bytes, flops, backward=backward)
 
 
+def norm_bench(T: int, B: int, H: int, backward: bool = False) -> BenchCase:
+    """As without norms; backward reads the normalized products, too, and writes their gradients."""
+    plain = bench("lstm", T, B, H, backward)
+    name = f"{T}x{B}x{H}{' backward' if backward else ''}"
+    bytes = plain.bytes + backward * 2 * T * B * H * 8
+    return BenchCase(name, normed(T, B, H, H, state=False), bytes, plain.flops, backward=backward)
+
+
 EMPTY = [Case("no rows", "an empty result", call("lstm", 2, 0, 3, 4))]
 OPS = ("recurrence", "recurrence_backward")
 
@@ -146,6 +185,14 @@ LSTM_SPEC = Spec(
         bench("lstm", 1024, 16, 128, True), bench("lstm", 64, 256, 128, True),
         bench("lstm", 256, 1, 512), bench("lstm", 256, 64, 512, True),
         bench("lstm", 64, 64, 1024, True), bench("lstm", 64, 256, 2048, True),
+    ],
+)  # fmt: skip
+NORM_SPEC = Spec(
+    "layer_norm_lstm", NORMED, ("layer_norm_lstm", "layer_norm_lstm_backward"),
+    empty=[Case("no rows", "an empty result", normed(2, 0, 3, 4))],
+    bench=[
+        norm_bench(256, 64, 128), norm_bench(256, 64, 128, True),
+        norm_bench(256, 64, 512, True), norm_bench(64, 64, 2048, True),
     ],
 )  # fmt: skip
 GRU_SPEC = Spec(

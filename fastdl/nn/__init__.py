@@ -33,6 +33,7 @@ from .rnn import (
     LSTM as LSTM,
     RNN as RNN,
     GRUCell as GRUCell,
+    LayerNormLSTM as LayerNormLSTM,
     LSTMCell as LSTMCell,
     RNNCell as RNNCell,
 )

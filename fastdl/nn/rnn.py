@@ -2,6 +2,7 @@
 
 import importlib.abc
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -50,6 +51,61 @@ class RNN(nn.RNN):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         return _run(self, F.rnn, input, hx, nonlinearity=self.nonlinearity)
+
+
+class LayerNormLSTM(nn.Module):
+    """An LSTM whose gates are of norm(W_ih x) + norm(W_hh h), with c = norm(f c + i g)."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        eps: float = 1e-5,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.batch_first, self.dropout, self.bidirectional = batch_first, dropout, bidirectional
+        self.eps, self._names = eps, list[str]()
+        directions, gates = 1 + bidirectional, 4 * hidden_size
+        for layer, suffix in itertools.product(range(num_layers), ("", "_reverse")[:directions]):
+            width = input_size if layer == 0 else hidden_size * directions
+            shapes = {"weight_ih": (gates, width), "weight_hh": (gates, hidden_size)}
+            for part, n in (("ih", gates), ("hh", gates), ("c", hidden_size)):
+                shapes |= {f"norm_{part}_weight": (n,), f"norm_{part}_bias": (n,)}
+            for name, shape in shapes.items():
+                self._names.append(f"{name}_l{layer}{suffix}")
+                values = torch.empty(shape, device=device, dtype=dtype)
+                setattr(self, self._names[-1], nn.Parameter(values))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights as in torch's LSTM; norms that change nothing."""
+        bound = self.hidden_size**-0.5
+        for name, parameter in self.named_parameters():
+            if name.startswith("norm"):
+                nn.init.constant_(parameter, float("weight" in name))
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        return F.layer_norm_lstm(
+            input, hx, [getattr(self, name) for name in self._names],
+            eps=self.eps, num_layers=self.num_layers, bidirectional=self.bidirectional,
+            batch_first=self.batch_first, dropout=self.dropout, training=self.training,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        shown = {"num_layers": 1, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        words = [
+            f"{n}={getattr(self, n)}" for n, usual in shown.items() if getattr(self, n) != usual
+        ]
+        return ", ".join([str(self.input_size), str(self.hidden_size), *words, f"eps={self.eps}"])
 
 
 class LSTMCell(nn.LSTMCell):

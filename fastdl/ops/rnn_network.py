@@ -11,9 +11,11 @@ from ._launch import device_of
 from ._op import autocast_to_lower
 from ._route import Reason
 from .activation import dropout as drop
+from .layernorm import layer_norm
 from .linear import linear
 from .rnn import recurrence
 from .rnn_launch import GATES, OPS
+from .rnn_norm import OP as norm_lstm
 
 States = tuple[Tensor, ...]
 
@@ -24,18 +26,21 @@ class _Network:
     def __init__(
         self, op: str, mode: str, input: Tensor, hx: States | None, weights: Sequence[Tensor],
         num_layers: int, bidirectional: bool, batch_first: bool, dropout: float, proj_size: int,
-        batch_sizes: Tensor | None, training: bool,
+        batch_sizes: Tensor | None, training: bool, eps: float | None = None,
     ) -> None:  # fmt: skip
+        self.eps = eps  # of layer norms, which None says are not there
         self.op, self.mode, self.layers, self.directions = op, mode, num_layers, 1 + bidirectional
         self.dropout, self.proj_size, self.training = dropout, proj_size, training
         self.batch_first, self.batch_sizes = batch_first and batch_sizes is None, batch_sizes
         parts = num_layers * self.directions
         self.has_biases = len(weights) >= 4 * parts
-        if len(weights) != (2 + 2 * self.has_biases + (proj_size > 0)) * parts:
+        self.parts = 8 if eps is not None else 2 + 2 * self.has_biases + (proj_size > 0)
+        if len(weights) != self.parts * parts:
             raise RuntimeError(
                 f"{op}: there are {len(weights)} weights for num_layers={num_layers}, "
                 f"bidirectional={bool(bidirectional)}, proj_size={proj_size}; allowed are 2, or "
-                "4 with biases, for each layer and direction, and one more with a projection"
+                "4 with biases, or 8 with layer norms, for each layer and direction, and one more "
+                "with a projection"
             )
         self.weights, self.hidden = list(weights), weights[1].shape[0] // GATES[mode]
         self._check_input(input)
@@ -146,18 +151,25 @@ class _Network:
 
     def _direction(self, x: Tensor, states: Any, weights: Any, i: int) -> Any:
         """h of all steps, then the last states."""
-        w_ih, w_hh, *biases = weights[i * (2 + 2 * self.has_biases) :][: 2 + 2 * self.has_biases]
+        w_ih, w_hh, *biases = weights[i * self.parts :][: self.parts]
+        h0, c0 = states[0][i], states[1][i] if len(states) == 2 else None
+        reverse = self.directions == 2 and i % 2 == 1
+        if self.eps is not None:
+            gain, bias = biases[:2]
+            xp = layer_norm(linear(x, w_ih), w_ih.shape[:1], gain, bias, self.eps)
+            xp = xp.to(w_hh.dtype).view(-1, *h0.shape[:1], w_ih.shape[0])
+            y, *ends = norm_lstm(xp, h0, c0, w_hh, *biases[2:], self.eps, reverse)
+            return y.flatten(0, 1), *ends
         b_ih, b_hh = biases or (None, None)
         if self.mode != "gru" and b_ih is not None:
             b_ih, b_hh = b_ih + b_hh, None
-        h0, c0 = states[0][i], states[1][i] if len(states) == 2 else None
-        reverse = self.directions == 2 and i % 2 == 1
         xp = linear(x, w_ih, b_ih)
         return recurrence(xp, h0, c0, w_hh, b_hh, self.batch_sizes, self.mode, reverse)
 
     def __call__(self) -> tuple[Tensor, States]:
-        reason = self.decline()
-        calls_torch = reason in _route.FOR_VENDOR or bool(self.proj_size)
+        calls_torch = False
+        if self.eps is None:
+            calls_torch = self.decline() in _route.FOR_VENDOR or bool(self.proj_size)
         y, states = self.vendor() if calls_torch else self.fused()
         if self.unbatched:
             y, states = y.squeeze(self.batch_dim), tuple(s.squeeze(1) for s in states)
@@ -184,6 +196,30 @@ def lstm(
     y, (h, c) = _Network(
         "lstm", "lstm", input, hx, weights, num_layers, bidirectional, batch_first, dropout,
         proj_size, batch_sizes, training,
+    )()  # fmt: skip
+    return y, (h, c)
+
+
+def layer_norm_lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    eps: float = 1e-5,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = True,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """An LSTM whose gates are of norm(W_ih x) + norm(W_hh h), with c = norm(f c + i g).
+
+    The weights of a layer and direction are w_ih, w_hh, then weight and bias of these norms in
+    turn: two over all gates, one over the units.
+    """
+    y, (h, c) = _Network(
+        "layer_norm_lstm", "lstm", input, hx, weights, num_layers, bidirectional, batch_first,
+        dropout, 0, None, training, eps,
     )()  # fmt: skip
     return y, (h, c)
 
