@@ -28,6 +28,14 @@ def sum4(a, b, c, d):
 
 
 @triton.jit
+def centered(a, b, c, d, mask, H):
+    """Four tiles without the mean of their rows; in lanes past the end 0, before and after."""
+    mean = sum4(a, b, c, d) / (4 * H)
+    a, b = tl.where(mask, a - mean, 0.0), tl.where(mask, b - mean, 0.0)
+    return a, b, tl.where(mask, c - mean, 0.0), tl.where(mask, d - mean, 0.0)
+
+
+@triton.jit
 def products(a, w0, w1, w2, w3, acc, PRECISION: tl.constexpr):
     p0 = tl.dot(a, w0, acc, input_precision=PRECISION)
     p1 = tl.dot(a, w1, acc, input_precision=PRECISION)
@@ -77,9 +85,7 @@ def norm_lstm_fwd(
             p0, p1, p2, p3 = products(a, w0, w1, w2, w3, zeros, PRECISION)
         else:
             p0, p1, p2, p3 = load_gates(p_ptr, rows, cols, mask, H, 4)
-        mean = sum4(p0, p1, p2, p3) / (4 * H)
-        p0, p1 = tl.where(mask, p0 - mean, 0.0), tl.where(mask, p1 - mean, 0.0)
-        p2, p3 = tl.where(mask, p2 - mean, 0.0), tl.where(mask, p3 - mean, 0.0)
+        p0, p1, p2, p3 = centered(p0, p1, p2, p3, mask, H)
         rstd = tl.rsqrt(sum4(p0 * p0, p1 * p1, p2 * p2, p3 * p3) / (4 * H) + eps)
         p0, p1, p2, p3 = p0 * rstd, p1 * rstd, p2 * rstd, p3 * rstd
         i, f = tl.sigmoid(x0 + p0 * g0 + b0), tl.sigmoid(x1 + p1 * g1 + b1)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -75,7 +76,10 @@ class LayerNormLSTM(nn.Module):
         directions, gates = 1 + bidirectional, 4 * hidden_size
         for layer, suffix in itertools.product(range(num_layers), ("", "_reverse")[:directions]):
             width = input_size if layer == 0 else hidden_size * directions
-            shapes = {"weight_ih": (gates, width), "weight_hh": (gates, hidden_size)}
+            shapes: dict[str, tuple[int, ...]] = {
+                "weight_ih": (gates, width),
+                "weight_hh": (gates, hidden_size),
+            }
             for part, n in (("ih", gates), ("hh", gates), ("c", hidden_size)):
                 shapes |= {f"norm_{part}_weight": (n,), f"norm_{part}_bias": (n,)}
             for name, shape in shapes.items():

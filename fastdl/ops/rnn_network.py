@@ -108,14 +108,16 @@ class _Network:
         """
         if _route.current_policy().mode != "auto" or torch.compiler.is_compiling():
             return None
-        steps = self.input.shape[1 - self.batch_dim]
-        if self.batch_sizes is not None:
-            steps = self.batch_sizes.shape[0]
-        sizes = (steps, self.states[0].shape[1], self.hidden)
+        sizes = (self._steps(), self.states[0].shape[1], self.hidden)
         tuned = _tuned.lookup(OPS[self.mode], self.input.dtype, sizes, device_of(self.input))
         if tuned is None:
             return Reason.UNMEASURED
         return Reason.MEASURED if tuned.variant == "torch" else None
+
+    def _steps(self) -> int:
+        if self.batch_sizes is not None:
+            return self.batch_sizes.shape[0]
+        return self.input.shape[1 - self.batch_dim]
 
     def vendor(self) -> tuple[Tensor, States]:
         name = {"tanh": "rnn_tanh", "relu": "rnn_relu"}.get(self.mode, self.mode)
@@ -157,7 +159,7 @@ class _Network:
         if self.eps is not None:
             gain, bias = biases[:2]
             xp = layer_norm(linear(x, w_ih), w_ih.shape[:1], gain, bias, self.eps)
-            xp = xp.to(w_hh.dtype).view(-1, *h0.shape[:1], w_ih.shape[0])
+            xp = xp.to(w_hh.dtype).view(self._steps(), h0.shape[0], w_ih.shape[0])
             y, *ends = norm_lstm(xp, h0, c0, w_hh, *biases[2:], self.eps, reverse)
             return y.flatten(0, 1), *ends
         b_ih, b_hh = biases or (None, None)

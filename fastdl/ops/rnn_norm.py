@@ -178,7 +178,6 @@ def _backward(
             run(None, i, i + 1)
             dh.copy_(dp[i if reverse else T - 1 - i] @ weight)
     before = torch.cat((y[1:], h0[None]) if reverse else (h0[None], y[:-1]))
-    total = sums.sum(0)
     ways = (
         lambda: d,
         lambda: dh.to(h0.dtype),
@@ -186,10 +185,11 @@ def _backward(
         lambda: dp.flatten(0, 1).t() @ before.flatten(0, 1),
         lambda: (d.to(torch.float32) * p_hat).sum((0, 1)).to(gain.dtype),
         lambda: d.sum((0, 1)),
-        lambda: total[0].to(c_gain.dtype),
-        lambda: total[1].to(c_bias.dtype),
+        lambda: sums[:, 0].sum(0).to(c_gain.dtype),
+        lambda: sums[:, 1].sum(0).to(c_bias.dtype),
     )
-    return tuple(way() if need else None for way, need in zip(ways, needs, strict=True))
+    found = tuple(way() if need else None for way, need in zip(ways, needs, strict=True))
+    return found  # type: ignore[return-value]
 
 
 def _torch_backward(
