@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _tuned
 from ._launch import Config, Device, Kernel, cdiv, device_of, is_dry, launch, power_of_2
 from ._op import LibraryOp, Op, differentiating, gradients, second_derivative
 from ._route import Reason
@@ -67,11 +66,8 @@ def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (x - mean) * rstd, rstd
 
 
-def choose(B: int, H: int, dtype: torch.dtype, device: Device) -> Config:
+def choose(H: int, dtype: torch.dtype, device: Device) -> Config:
     """All steps in one launch where the weight fits on the chip, else a launch for each step."""
-    tuned = _tuned.lookup("layer_norm_lstm", dtype, (B, H), device)
-    if tuned is not None:
-        return tuned
     small, units = device.backend == "interpreter", max(16, power_of_2(H))
     if walks("lstm", H, dtype, device):
         blocks = {"BLOCK_B": 4 if small else 16, "BLOCK_H": units}
@@ -99,7 +95,7 @@ def _forward(
     dense = [t.contiguous() for t in (xp, h0, c0, weight, gain, bias, c_gain, c_bias)]
     xp, h0, c0, weight, *factors = dense
     y, hn, cn, *kept = out
-    config = choose(B, H, xp.dtype, device_of(xp))
+    config = choose(H, xp.dtype, device_of(xp))
 
     def run(h: Tensor, c: Tensor, p: Tensor | None, begin: int, end: int) -> None:
         launch(
@@ -154,7 +150,7 @@ def _backward(
     p_hat: Tensor, gates: Tensor, rstd: Tensor, eps: float, reverse: bool, needs: list[bool],
 ) -> Gradients:  # fmt: skip
     (T, B, _), H = xp.shape, h0.shape[1]
-    config = choose(B, H, xp.dtype, device_of(xp))
+    config = choose(H, xp.dtype, device_of(xp))
     programs = cdiv(B, config["BLOCK_B"])
     d = torch.empty_like(xp, memory_format=torch.contiguous_format)
     dp = torch.empty_like(d)
@@ -188,8 +184,9 @@ def _backward(
         lambda: sums[:, 0].sum(0).to(c_gain.dtype),
         lambda: sums[:, 1].sum(0).to(c_bias.dtype),
     )
-    found = tuple(way() if need else None for way, need in zip(ways, needs, strict=True))
-    return found  # type: ignore[return-value]
+    return tuple(  # type: ignore[return-value]
+        way() if need else None for way, need in zip(ways, needs, strict=True)
+    )
 
 
 def _torch_backward(
