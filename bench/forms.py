@@ -189,6 +189,45 @@ def torch_causal_conv1d(
     return activated(y[..., :length], activation)
 
 
+def torch_recurrent(
+    input: Tensor, hx: Any, weights: list[Tensor], *, states: int, nonlinearity: str = "",
+    num_layers: int = 1, bidirectional: bool = False, batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """What the forward of torch's modules calls."""
+    name = {1: "gru", 2: "lstm"}[states] if not nonlinearity else f"rnn_{nonlinearity}"
+    units = weights[1].shape[1]
+    if hx is None:
+        batch = input.shape[0 if batch_first else 1] if batch_sizes is None else batch_sizes[0]
+        zeros = input.new_zeros(num_layers * (1 + bidirectional), batch, units)
+        hx = (zeros, zeros) if states == 2 else zeros
+    biases = len(weights) == 4 * num_layers * (1 + bidirectional)
+    # cuDNN keeps what backward needs if it is told that this is training
+    options = (weights, biases, num_layers, 0.0, input.requires_grad, bidirectional)
+    if batch_sizes is not None:
+        return getattr(torch._VF, name)(input, batch_sizes, hx, *options)
+    return getattr(torch._VF, name)(input, hx, *options, batch_first)
+
+
+def torch_layer_norm_lstm(
+    input: Tensor, hx: Any, weights: list[Tensor], *, eps: float = 1e-5, num_layers: int = 1,
+    bidirectional: bool = False, batch_first: bool = False,
+) -> Any:  # fmt: skip
+    """A loop over the steps of one layer, as there is no call for it."""
+    assert not (bidirectional or batch_first) and num_layers == 1 and hx is None
+    w_ih, w_hh, *factors = weights
+    (g_x, b_x, g_h, b_h, g_c, b_c), wide = factors, w_ih.shape[:1]
+    h = c = input.new_zeros(input.shape[1], w_hh.shape[1])
+    outputs = []
+    for x in F.layer_norm(F.linear(input, w_ih), wide, g_x, b_x, eps):
+        gates = x + F.layer_norm(F.linear(h, w_hh), wide, g_h, b_h, eps)
+        i, f, g, o = gates.chunk(4, -1)
+        c = F.layer_norm(f.sigmoid() * c + i.sigmoid() * g.tanh(), c.shape[-1:], g_c, b_c, eps)
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    return torch.stack(outputs), (h[None], c[None])
+
+
 # What a user writes without us.
 TORCH: dict[Any, Form] = {
     FF.linear: torch_linear,
@@ -220,6 +259,10 @@ TORCH: dict[Any, Form] = {
     FF.causal_conv1d: torch_causal_conv1d,
     FF.scaled_dot_product_attention: torch_attention,
     FF.varlen_attn: torch_varlen,
+    FF.lstm: partial(torch_recurrent, states=2),
+    FF.layer_norm_lstm: torch_layer_norm_lstm,
+    FF.gru: partial(torch_recurrent, states=1),
+    FF.rnn: partial(torch_recurrent, states=1),
 }
 
 

@@ -71,5 +71,15 @@ from .ops.multi_head_attention import (
 )
 from .ops.nll_loss import nll_loss as nll_loss
 from .ops.rmsnorm import rms_norm as rms_norm
+from .ops.rnn_network import (
+    gru as gru,
+    gru_cell as gru_cell,
+    layer_norm_lstm as layer_norm_lstm,
+    lstm as lstm,
+    lstm_cell as lstm_cell,
+    rnn as rnn,
+    rnn_relu_cell as rnn_relu_cell,
+    rnn_tanh_cell as rnn_tanh_cell,
+)
 from .ops.rotary import apply_rotary_emb as apply_rotary_emb
 from .ops.softmax import log_softmax as log_softmax, softmax as softmax, softmin as softmin

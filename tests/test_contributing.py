@@ -32,7 +32,7 @@ def test_the_printed_op_passes_its_contract(tmp_path, device):
         functional.write(line)
     specs = tmp_path / "fastdl/contract/__init__.py"
     edit(specs, "from . import (\n", "from . import (\n    square_relu,\n")
-    edit(specs, "    for module in (\n", "    for module in (\n        square_relu,\n")
+    edit(specs, "    for spec in (\n", "    for spec in (\n        square_relu.SPEC,\n")
 
     options = ["-q", "-p", "no:cacheprovider", f"--device={device}", "-k", "square_relu"]
     done = subprocess.run(

@@ -17,6 +17,7 @@ from . import (
     losses,
     nll_loss,
     rmsnorm,
+    rnn,
     rotary,
     softmax,
 )
@@ -30,25 +31,29 @@ from .case import (
 from .optim import STEPS as STEPS, StepSpec as StepSpec
 
 SPECS: dict[str, Spec] = {
-    module.SPEC.name: module.SPEC
-    for module in (
-        linear,
-        activation,
-        glu,
-        layernorm,
-        rmsnorm,
-        groupnorm,
-        batchnorm,
-        instancenorm,
-        attention,
-        rotary,
-        softmax,
-        conv,
-        causal_conv1d,
-        embedding,
-        cross_entropy,
-        linear_cross_entropy,
-        nll_loss,
-        losses,
+    spec.name: spec
+    for spec in (
+        linear.SPEC,
+        activation.SPEC,
+        glu.SPEC,
+        layernorm.SPEC,
+        rmsnorm.SPEC,
+        groupnorm.SPEC,
+        batchnorm.SPEC,
+        instancenorm.SPEC,
+        attention.SPEC,
+        rotary.SPEC,
+        softmax.SPEC,
+        conv.SPEC,
+        causal_conv1d.SPEC,
+        rnn.LSTM_SPEC,
+        rnn.NORM_SPEC,
+        rnn.GRU_SPEC,
+        rnn.RNN_SPEC,
+        embedding.SPEC,
+        cross_entropy.SPEC,
+        linear_cross_entropy.SPEC,
+        nll_loss.SPEC,
+        losses.SPEC,
     )
 }

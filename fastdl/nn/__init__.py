@@ -28,7 +28,11 @@ from .attention import (
     TransformerDecoderLayer as TransformerDecoderLayer,
     TransformerEncoderLayer as TransformerEncoderLayer,
 )
-from .conv import Conv1d as Conv1d, Conv2d as Conv2d, ConvTranspose2d as ConvTranspose2d
+from .conv import (
+    Conv1d as Conv1d,
+    Conv2d as Conv2d,
+    ConvTranspose2d as ConvTranspose2d,
+)
 from .embedding import (
     Embedding as Embedding,
 )
@@ -57,6 +61,15 @@ from .norm import (
     InstanceNorm3d as InstanceNorm3d,
     LayerNorm as LayerNorm,
     RMSNorm as RMSNorm,
+)
+from .rnn import (
+    GRU as GRU,
+    LSTM as LSTM,
+    RNN as RNN,
+    GRUCell as GRUCell,
+    LayerNormLSTM as LayerNormLSTM,
+    LSTMCell as LSTMCell,
+    RNNCell as RNNCell,
 )
 from .softmax import (
     LogSoftmax as LogSoftmax,

@@ -38,6 +38,7 @@ class Reason(enum.Enum):
     OPTION = "torch has this option and the kernels do not"
     TOOLCHAIN = "this ptxas is known to miscompile the kernel on this GPU"
     MEASURED = "torch measured faster here"
+    UNMEASURED = "torch has a fast call, and nothing measured says that the kernels are faster"
     SIZE = "the sizes are outside of what the kernels take"
     EMPTY = "there are no elements"
 
@@ -46,7 +47,12 @@ class Reason(enum.Enum):
 QUIET = frozenset({Reason.POLICY, Reason.EMPTY})
 
 # torch's own call serves where the kernels cannot; the definition is for truth and for transforms.
-FOR_VENDOR = frozenset({Reason.TRITON, Reason.DEVICE, Reason.TOOLCHAIN, Reason.OPTION})
+FOR_VENDOR = frozenset(
+    {
+        *(Reason.TRITON, Reason.DEVICE, Reason.TOOLCHAIN, Reason.OPTION),
+        *(Reason.MEASURED, Reason.UNMEASURED),
+    }
+)
 
 FUSED_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 

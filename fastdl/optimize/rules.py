@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from .. import functional, nn as fused
+from ..nn.rnn import let_dynamo_enter
 from ..ops._route import FUSED_DTYPES, PLAIN
 from .sequential import Sequential
 
@@ -155,6 +156,8 @@ def swap(module: nn.Module, target: type) -> None:
     under = _under(cls)
     if under is not target:
         module.__class__ = target if under is cls else _over(cls, target)
+        if issubclass(target, nn.RNNBase):
+            let_dynamo_enter()
 
 
 def swap_back(module: nn.Module) -> None:

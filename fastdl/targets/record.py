@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .. import functional as FF
 from ..contract import DTYPES, SPECS, STEPS, Maker
@@ -210,7 +211,7 @@ def _run(
     options = {name: _on_meta(value, dtype) for name, value in call.keywords.items()}
     with _precision("tf32" if tf32 else "ieee"):
         out = call.func(*call.args, **options)
-        outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
+        outputs = [y for y in pytree.tree_leaves(out) if y.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
 
 

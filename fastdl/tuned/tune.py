@@ -439,6 +439,34 @@ def _normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(shape, device=device).to(dtype)
 
 
+def _recurrent(op: str, dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
+    """Both passes of a layer with as many features as units, which one entry decides."""
+    T, B, H = sizes
+    gates = {"lstm": 4, "gru": 3, "rnn": 1}[op]
+    shapes = ((gates * H, H), (gates * H, H), (gates * H,), (gates * H,))
+    inputs = [_normal(T, B, H, dtype=dtype, device=device)]
+    inputs += [_normal(*shape, dtype=dtype, device=device) / H**0.5 for shape in shapes]
+    dy = torch.randn_like(inputs[0])
+
+    def torchs(x: Tensor, hx: None, weights: list[Tensor]) -> Any:
+        zeros = x.new_zeros(1, B, H)
+        states: Any = (zeros, zeros) if op == "lstm" else zeros
+        call = getattr(torch._VF, "rnn_tanh" if op == "rnn" else op)
+        return call(x, states, weights, True, 1, 0.0, True, False, False)
+
+    def passes(layer: Callable[..., Any], wide: bool = False) -> Call:
+        leaves = [(t.double() if wide else t).detach().requires_grad_() for t in inputs]
+
+        def call() -> Any:
+            with torch.enable_grad():
+                y = layer(leaves[0], None, leaves[1:])[0]
+            return y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+        return call
+
+    return Problem(op, dtype, sizes, passes(getattr(FF, op)), passes(torchs), passes(torchs, True))
+
+
 PROBLEMS: dict[str, Callable[[torch.dtype, tuple[int, ...], str], Problem]] = {
     "linear": _linear,
     "conv": functools.partial(_conv, True),
@@ -449,6 +477,9 @@ PROBLEMS: dict[str, Callable[[torch.dtype, tuple[int, ...], str], Problem]] = {
     "rms_norm_backward": functools.partial(_norm_backward, "rms_norm", 1),
     "softmax": functools.partial(_norm, "softmax", 0),
     "softmax_backward": functools.partial(_norm_backward, "softmax", 0),
+    "lstm": functools.partial(_recurrent, "lstm"),
+    "gru": functools.partial(_recurrent, "gru"),
+    "rnn": functools.partial(_recurrent, "rnn"),
     "attention": _attention,
     "attention_dq": functools.partial(_attention_backward, "attention_dq", slice(0, 1)),
     "attention_dkdv": functools.partial(_attention_backward, "attention_dkdv", slice(1, 3)),
@@ -468,6 +499,11 @@ _WIDTHS: list[tuple[int, ...]] = [(n,) for n in (256, 1024, 2048, 4096, 8192, 16
 _LAYERS: list[tuple[int, ...]] = [
     (1 << 18, 64, 64, 9), (1 << 16, 128, 128, 9), (1 << 14, 256, 256, 9), (1 << 15, 320, 320, 9),
 ]  # fmt: skip
+# steps, rows, units
+_SEQUENCES: list[tuple[int, ...]] = [
+    *((256, B, H) for B in (16, 64, 256) for H in (128, 256, 512, 1024)),
+    *((1024, B, 128) for B in (1, 16, 64)),
+]
 DEFAULTS: dict[str, list[tuple[int, ...]]] = {
     "linear": [(m, *sizes) for m in (16, 8192) for sizes in _PROJECTIONS],
     "conv": _LAYERS,
@@ -478,6 +514,9 @@ DEFAULTS: dict[str, list[tuple[int, ...]]] = {
     "rms_norm_backward": _WIDTHS,
     "softmax": _WIDTHS,
     "softmax_backward": _WIDTHS,
+    "lstm": _SEQUENCES,
+    "gru": _SEQUENCES,
+    "rnn": _SEQUENCES,
     "attention": [(1, 128), (4, 128), (8, 128), (MANY, 64), (MANY, 128)],
     "attention_dq": [(MANY, 64), (MANY, 128)],
     "attention_dkdv": [(MANY, 64), (MANY, 128)],
