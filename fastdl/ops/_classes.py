@@ -8,22 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
 from ._launch import device_of
 from ._route import Reason
-
-REDUCTIONS = ("none", "mean", "sum")
-
-
-def reduction_of(op: str, size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """The reduction that the old and the new arguments name."""
-    if size_average is not None or reduce is not None:
-        return _reduction.legacy_get_string(size_average, reduce)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction is {reduction!r}, allowed are {', '.join(REDUCTIONS)}")
-    return reduction
-
 
 Shape = tuple[int, ...]
 

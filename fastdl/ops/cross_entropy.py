@@ -15,7 +15,6 @@ from ._classes import (
     n_rows_of,
     new_losses,
     reduced,
-    reduction_of,
     require_known,
     row_shape,
     row_weights,
@@ -25,6 +24,7 @@ from ._classes import (
 )
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
 from ._op import LibraryOp, Op, differentiating, gradients, second_derivative
+from ._reduction import reduction_of
 from ._route import Reason
 
 CROSS_ENTROPY_FWD = Kernel("cross_entropy.cross_entropy_fwd")

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cross_entropy as rows
-from ._classes import like_reduced, new_losses, reduced, reduction_of, require_known
+from ._classes import like_reduced, new_losses, reduced, require_known
 from ._launch import Device, cdiv, device_of
 from ._op import LibraryOp, Op, autocast_to_lower, differentiating, gradients, second_derivative
+from ._reduction import reduction_of
 from ._route import Reason
 from .cross_entropy import cross_entropy, in_autocast
 

@@ -9,27 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import _reduction
 
 from ._op import SPELLINGS, Spelling
+from ._reduction import reduction_of
 from .losses import pointwise
-
-REDUCTIONS = ("none", "mean", "sum")
-
-
-def _reduced(
-    op: str, size_average: bool | None, reduce: bool | None, reduction: str,
-    allowed: tuple[str, ...] = REDUCTIONS,
-) -> str:  # fmt: skip
-    """The reduction by its name, the deprecated arguments heard."""
-    if size_average is not None or reduce is not None:
-        return _reduction.legacy_get_string(size_average, reduce)
-    if reduction == "elementwise_mean":
-        _reduction.get_enum(reduction)  # warns
-        return "mean"
-    if reduction not in allowed:
-        raise ValueError(f"{op}: reduction is {reduction!r}, allowed are {', '.join(allowed)}")
-    return reduction
 
 
 def _together(op: str, input: Tensor, target: Tensor, warn: bool = True) -> tuple[Tensor, Tensor]:
@@ -69,7 +52,7 @@ def mse_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """(input - target)² times the weight, whose sum a weighted mean is over."""
-    reduction = _reduced("mse_loss", size_average, reduce, reduction)
+    reduction = reduction_of("mse_loss", size_average, reduce, reduction)
     x, t = _together("mse_loss", input, target)
     return _weighted("mse_loss", "mse", input, x, t, weight, reduction)
 
@@ -83,7 +66,7 @@ def l1_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """|input - target| times the weight, whose sum a weighted mean is over."""
-    reduction = _reduced("l1_loss", size_average, reduce, reduction)
+    reduction = reduction_of("l1_loss", size_average, reduce, reduction)
     x, t = _together("l1_loss", input, target)
     return _weighted("l1_loss", "l1", input, x, t, weight, reduction)
 
@@ -106,7 +89,7 @@ def smooth_l1_loss(
     beta: float = 1.0,
 ) -> Tensor:
     """d² / (2 beta) of the error d where |d| < beta, else |d| - beta / 2."""
-    reduction = _reduced("smooth_l1_loss", size_average, reduce, reduction)
+    reduction = reduction_of("smooth_l1_loss", size_average, reduce, reduction)
     if beta < 0:
         raise RuntimeError(f"smooth_l1_loss: beta is {beta}, it must not be negative")
     x, t = _together("smooth_l1_loss", input, target)
@@ -121,7 +104,7 @@ def huber_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """d² / 2 of the error d where |d| <= delta, else delta (|d| - delta / 2), times the weight."""
-    reduction = _reduced("huber_loss", None, None, reduction)
+    reduction = reduction_of("huber_loss", None, None, reduction)
     if delta <= 0:
         raise RuntimeError(f"huber_loss: delta is {delta}, it must be positive")
     x, t = _together("huber_loss", input, target)
@@ -142,7 +125,7 @@ def kl_div(
     "batchmean" is the sum over the size of the first dimension.
     """
     legacy = size_average is not None or reduce is not None
-    reduction = _reduced(
+    reduction = reduction_of(
         "kl_div", size_average, reduce, reduction, ("none", "batchmean", "mean", "sum")
     )
     if reduction == "mean" and not legacy:
@@ -174,7 +157,7 @@ def binary_cross_entropy_with_logits(
 ) -> Tensor:
     """-(pos_weight target log σ(input) + (1 - target) log(1 - σ(input))), times the weight."""
     op = "binary_cross_entropy_with_logits"
-    reduction = _reduced(op, size_average, reduce, reduction)
+    reduction = reduction_of(op, size_average, reduce, reduction)
     if input.shape != target.shape:
         raise ValueError(
             f"{op}: input is {tuple(input.shape)}, target is {tuple(target.shape)};"

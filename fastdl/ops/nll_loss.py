@@ -14,7 +14,6 @@ from ._classes import (
     n_rows_of,
     new_losses,
     reduced,
-    reduction_of,
     require_known,
     row_shape,
     row_weights,
@@ -24,6 +23,7 @@ from ._classes import (
 )
 from ._launch import Config, Kernel, cdiv, device_of, launch
 from ._op import LibraryOp, Op, differentiating, gradients, second_derivative
+from ._reduction import reduction_of
 from ._route import Reason
 from .cross_entropy import config_for, in_autocast
 
