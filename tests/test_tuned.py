@@ -198,6 +198,7 @@ SIZES_OF = [
     ("layer_norm", (40,)),
     ("rms_norm", (40,)),
     ("rms_norm_backward", (40,)),
+    ("gru", (2, 3, 8)),
     ("attention", (2, 16)),
     ("attention", (128, 16)),
     ("attention_dq", (20, 16)),
@@ -215,7 +216,7 @@ def test_the_fastest_configuration_wins(op, sizes):
     assert "3.00x" in str(row)
 
 
-@pytest.mark.parametrize("op, sizes", SIZES_OF[4:], ids=str)
+@pytest.mark.parametrize("op, sizes", SIZES_OF[5:], ids=str)
 def test_what_is_tuned_is_what_attention_asks_for(op, sizes):
     tried, kernel = problem(op, sizes=sizes), "attention_fwd" if op == "attention" else op
     config = list(configs(op, tried.dtype, sizes, HERE))[-1]
