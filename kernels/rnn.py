@@ -13,20 +13,28 @@ from ._rnn import cell, cell_bwd, load, load_gates
 
 @triton.jit
 def load_state(ptr, first, initial_ptr, rows, began, cols, width, mask):
-    """Rows of a state: those that have begun follow `first`, the others are still the initial."""
-    offsets = rows * width
-    ptrs = tl.where(began, ptr + (first * width + offsets), initial_ptr + offsets)
-    return tl.load(ptrs[:, None] + cols[None, :], mask=mask, other=0.0)
+    """Rows of a state from `first` on. With an initial state, rows that have not begun are its."""
+    ptrs = ptr + (first + rows)[:, None] * width + cols[None, :]
+    if initial_ptr is None:
+        state = tl.load(ptrs, mask=mask, other=0.0)
+    else:
+        state = tl.load(ptrs, mask=mask & began[:, None], other=0.0)
+        initial_ptrs = initial_ptr + rows[:, None] * width + cols[None, :]
+        fresh = mask & (began == 0)[:, None]
+        state = tl.where(began[:, None], state, tl.load(initial_ptrs, mask=fresh, other=0.0))
+    return state
 
 
 @triton.jit(do_not_specialize=["start", "n", "prev", "n_prev"])
 def rnn_step_fwd(
-    xp_ptr, h0_ptr, c0_ptr, w_ptr, b_ptr, y_ptr, c_ptr, gates_ptr,
+    xp_ptr, h_old_ptr, h0_ptr, c_old_ptr, c0_ptr, w_ptr, b_ptr, y_ptr, c_ptr, gates_ptr,
     start, n, prev, n_prev, H,
     MODE: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One step. The step before it has n_prev rows from `prev` on; rows beyond begin here."""
+    """One step. The old state is that of n_prev rows from `prev` on; rows beyond begin here, with
+    the initial state. Where it is of one kind for all rows, the other is not given.
+    """
     GATES: tl.constexpr = 4 if MODE == "lstm" else 3 if MODE == "gru" else 1
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     cols = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -43,7 +51,7 @@ def rnn_step_fwd(
     for k in range(0, H, BLOCK_K):
         in_k = ks < (BLOCK_K if EVEN_K else H - k)
         a = load_state(
-            y_ptr, first, h0_ptr, rows, began, ks + k, H, active[:, None] & in_k[None, :]
+            h_old_ptr, first, h0_ptr, rows, began, ks + k, H, active[:, None] & in_k[None, :]
         )
         in_w = in_k[:, None] & (cols < H)[None, :]
         p0 = tl.dot(a, tl.load(w_ptrs, mask=in_w, other=0.0), p0, input_precision=PRECISION)
@@ -59,9 +67,9 @@ def rnn_step_fwd(
 
     h, c = p0, p0
     if MODE == "lstm":
-        c = load_state(c_ptr, first, c0_ptr, rows, began, cols, H, mask).to(tl.float32)
+        c = load_state(c_old_ptr, first, c0_ptr, rows, began, cols, H, mask).to(tl.float32)
     elif MODE == "gru":
-        h = load_state(y_ptr, first, h0_ptr, rows, began, cols, H, mask).to(tl.float32)
+        h = load_state(h_old_ptr, first, h0_ptr, rows, began, cols, H, mask).to(tl.float32)
         if b_ptr is not None:
             p0 += load(b_ptr, cols, cols < H)[None, :]
             p1 += load(b_ptr, H + cols, cols < H)[None, :]
@@ -74,13 +82,14 @@ def rnn_step_fwd(
 
 @triton.jit(do_not_specialize=["start", "n", "prev", "n_prev", "after", "n_after"])
 def rnn_step_bwd(
-    dy_ptr, dhn_ptr, dcn_ptr, h0_ptr, c0_ptr, w_ptr, y_ptr, c_ptr, gates_ptr,
+    dy_ptr, dhn_ptr, dcn_ptr, h_old_ptr, h0_ptr, c_old_ptr, c0_ptr, w_ptr, y_ptr, c_ptr, gates_ptr,
     d_ptr, dn_ptr, dh_ptr, dc_ptr,
     start, n, prev, n_prev, after, n_after, H,
     MODE: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One step back. Forward went on with the n_after rows from `after` on; rows beyond ended here.
+    """One step back, with the old state as in the step. Forward went on with the n_after rows
+    from `after` on; rows beyond ended here.
 
     dc holds the gradient of c, dh that of h as far as it is no product, from step to step.
     """
@@ -118,10 +127,10 @@ def rnn_step_bwd(
     if MODE == "lstm":
         c_new = load(c_ptr, at[:, None] * H + cols[None, :], mask)
         dc = load(dc_ptr, state, going) + load(dcn_ptr, state, ending)
-        c = load_state(c_ptr, first, c0_ptr, rows, began, cols, H, mask).to(tl.float32)
+        c = load_state(c_old_ptr, first, c0_ptr, rows, began, cols, H, mask).to(tl.float32)
     elif MODE == "gru":
         dh += load(dh_ptr, state, going)
-        h = load_state(y_ptr, first, h0_ptr, rows, began, cols, H, mask).to(tl.float32)
+        h = load_state(h_old_ptr, first, h0_ptr, rows, began, cols, H, mask).to(tl.float32)
     _, _, _, _, dh, dc = cell_bwd(
         dh, dc, h, c, c_new, y_ptr, gates_ptr, d_ptr, dn_ptr, at, cols, mask, H,
         MODE,

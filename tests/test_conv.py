@@ -93,7 +93,9 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("make", "shape", "expected"), MODELS, ids=lambda m: str(m))
+@pytest.mark.parametrize(
+    ("make", "shape", "expected"), MODELS, ids=lambda m: getattr(m, "__name__", str(m))
+)
 def test_is_found_in_models(make, shape, expected):
     model, x, kept = make(), torch.randn(shape, requires_grad=True), []
     parameters = list(model.parameters())

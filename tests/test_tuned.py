@@ -202,6 +202,7 @@ SIZES_OF = [
     ("rms_norm_backward", (40,)),
     ("softmax", (40,)),
     ("softmax_backward", (40,)),
+    ("gru", (2, 3, 8)),
     ("attention", (2, 16)),
     ("attention", (128, 16)),
     ("attention_dq", (20, 16)),

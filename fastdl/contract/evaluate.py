@@ -65,14 +65,25 @@ class Allocated(TorchDispatchMode):
         if func.namespace == NAMESPACE:
             with self:
                 return LIBRARY_OPS[func.name().split("::")[1]].launch(*args)
+        self._know((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                known = {t.untyped_storage().data_ptr() for t in self._seen}
-                if tensor.untyped_storage().data_ptr() not in known:
-                    self._seen.append(tensor)
-                    self.bytes += tensor.untyped_storage().nbytes()
+        self.bytes += self._know(result)
         return result
+
+    def _know(self, values: Any) -> int:
+        """Bytes of what was not known before."""
+        found = 0
+        for tensor in pytree.tree_leaves(values):
+            if isinstance(tensor, Tensor) and not self._is_known(tensor):
+                self._seen.append(tensor)
+                found += tensor.untyped_storage().nbytes()
+        return found
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        return any(
+            t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+            for t in self._seen
+        )
 
 
 def floats(result: Any) -> list[Tensor]:

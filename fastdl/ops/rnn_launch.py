@@ -50,18 +50,24 @@ def rule(mode: str, B: int, H: int, dtype: torch.dtype, device: Device) -> Confi
         return _steps(4, 16, 16, 4, 2)
     rows = min(64, max(16, power_of_2(B)))
     # as many programs as processors, if tiles of 16 units make so many
-    units = 64
+    units = 32
     while units > 16 and cdiv(B, rows) * cdiv(H, units) < device.sms:
         units //= 2
-    warps = _warps(rows, units)
-    if dtype == torch.float32:
-        return _steps(rows, units, 32, warps, 2)
-    return _steps(rows, units, 64 if warps == 1 else 128, warps, 3)
+    return _tiles(mode, rows, units, dtype, device)
+
+
+def _tiles(mode: str, rows: int, units: int, dtype: torch.dtype, device: Device) -> Config:
+    """As many stages as shared memory holds: backward reads both sides of each gate's product."""
+    exact = dtype == torch.float32
+    deep = 32 if exact else 64
+    stage = GATES[mode] * (rows + units) * deep * dtype.itemsize
+    stages = max(1, min(2 if exact else 3, device.shared // stage))
+    return _steps(rows, units, deep, _warps(rows, units), stages)
 
 
 def _warps(rows: int, units: int) -> int:
     """A thread stores at least 8 units of a tile, 16 bytes."""
-    return min(4, rows * units // 256)
+    return min(8, rows * units // 256)
 
 
 def _walk(rows: int, H: int) -> Config:
@@ -80,12 +86,8 @@ def candidates(
 ) -> list[Config]:
     """Every configuration that tuning may pick."""
     _, _, H = sizes
-    deep = 64 if dtype != torch.float32 else 32
     found = [
-        _steps(rows, units, deep, _warps(rows, units), 3)
-        for rows in (16, 32, 64)
-        for units in (16, 32, 64)
-        if rows * units <= 2048
+        _tiles(mode, rows, units, dtype, device) for rows in (16, 32, 64) for units in (16, 32)
     ]
     return found + ([_walk(16, H)] if walks(mode, H, dtype, device) else [])
 
@@ -154,13 +156,23 @@ def launch_forward(
     for start, n in steps.bounds[: 1 if is_dry() else None]:
         launch(
             STEP_FWD, (cdiv(n, config["BLOCK_B"]), cdiv(H, config["BLOCK_H"])),
-            xp, h0, c0, weight, bias, y, c, gates, start, n, *prev, H,
+            xp, *_old(y, h0, prev, n), *_old(c, c0, prev, n), weight, bias, y, c, gates,
+            start, n, *prev, H,
             MODE=mode, PRECISION=_precision(), EVEN_K=H % config["BLOCK_K"] == 0, config=config,
         )  # fmt: skip
         prev = start, n
     hn.copy_(_last(y, B, sizes, steps, reverse))
     if mode == "lstm":
         cn.copy_(_last(c, B, sizes, steps, reverse))
+
+
+def _old(
+    rows: Tensor | None, initial: Tensor | None, prev: tuple[int, int], n: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """What n rows of a step begin with: rows of the step before, the initial state, or both."""
+    if not prev[1]:
+        return initial, None
+    return rows, initial if prev[1] < n else None
 
 
 def _last(rows: Tensor, B: int, sizes: list[int] | None, steps: Steps, reverse: bool) -> Tensor:
@@ -194,9 +206,11 @@ def launch_backward(
     for i in range(len(bounds))[::-1][: 1 if is_dry() else None]:
         prev = bounds[i - 1] if i else (0, 0)
         after = bounds[i + 1] if i + 1 < len(bounds) else (0, 0)
+        start, n = bounds[i]
         launch(
-            STEP_BWD, (cdiv(bounds[i][1], config["BLOCK_B"]), cdiv(H, config["BLOCK_H"])),
-            *grads, h0, c0, weight, y, c, gates, d, dn, dh, dc, *bounds[i], *prev, *after, H,
+            STEP_BWD, (cdiv(n, config["BLOCK_B"]), cdiv(H, config["BLOCK_H"])),
+            *grads, *_old(y, h0, prev, n), *_old(c, c0, prev, n), weight, y, c, gates,
+            d, dn, dh, dc, start, n, *prev, *after, H,
             MODE=mode, PRECISION=_precision(), EVEN_K=H % config["BLOCK_K"] == 0, config=config,
         )  # fmt: skip
     # what reaches the initial state through the products of the first step

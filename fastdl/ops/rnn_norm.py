@@ -16,7 +16,7 @@ FWD = Kernel("rnn_norm.norm_lstm_fwd")
 BWD = Kernel("rnn_norm.norm_lstm_bwd")
 
 # Units of a row that one program holds.
-WIDEST = 4096
+WIDEST = 2048
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
