@@ -18,7 +18,7 @@ from .registry import check, named, same
 LAYOUTS: tuple[Layout, ...] = ("dense", "transposed")
 
 
-@check("cases")
+@check("cases", slow="but core")
 def transforms(spec: Spec, case: Case, device: str) -> None:
     """vmap, func.grad and jvp give what they give for the definition."""
     if "dropout" in case.name or "module" in case.name:

@@ -64,7 +64,7 @@ def guarded_allocations() -> Iterator[list[Guard]]:
         yield guards
 
 
-@check("cases", dtypes=DTYPES, more=(torch.float16,))
+@check("cases", dtypes=DTYPES, more=(torch.float16, torch.bfloat16))
 def accurate(spec: Spec, case: Case, device: str, dtype: torch.dtype) -> None:
     """Outputs and gradients are as close to fp64 as the definition's are, within the rule."""
     for what, error in zip(("output", "gradient"), accuracy(case, dtype, device), strict=True):
@@ -93,13 +93,13 @@ def _in_layout(layout: Layout, case: Case, device: str) -> None:
     agrees(run(case, maker, "fused"), case, device)
 
 
-@check("cases")
+@check("cases", slow="but core")
 def transposed(spec: Spec, case: Case, device: str) -> None:
     """Inputs and parameters with their dimensions stored in another order."""
     _in_layout("transposed", case, device)
 
 
-@check("cases")
+@check("cases", slow="but core")
 def sliced(spec: Spec, case: Case, device: str) -> None:
     """Every second element of wider storage, the others NaN."""
     _in_layout("sliced", case, device)
@@ -151,7 +151,7 @@ def far_apart(spec: Spec, case: Case, device: str) -> None:
     _in_layout("far", case, device)
 
 
-@check("cases")
+@check("cases", slow="but core")
 def second_derivative(spec: Spec, case: Case, device: str) -> None:
     """Gradients of gradients are the definition's."""
 

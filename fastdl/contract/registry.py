@@ -10,12 +10,14 @@ from ..ops import _launch
 from .case import Case, Spec
 
 Scope = Literal["cases", "exact", "core", "empty", "one_pass", "op"]
+Slow = Literal[True, False, "but core"]
 
 
 class Check(NamedTuple):
     """A check and the cases it runs on; "op" checks run once, on the spec.
 
-    `more` are dtypes that tell little beyond the others: they are slow but for core cases.
+    `slow` is how much of it the quick suite leaves out: all, none, or all but core cases. `more`
+    are dtypes that tell little beyond the others, which it leaves out but for core cases, too.
     """
 
     name: str
@@ -23,10 +25,13 @@ class Check(NamedTuple):
     scope: Scope
     dtypes: tuple[torch.dtype, ...]  # none: it has a dtype of its own
     more: tuple[torch.dtype, ...]
-    slow: bool
+    slow: Slow
 
     def is_slow(self, case: Case | None, dtype: torch.dtype | None) -> bool:
-        return self.slow or (dtype in self.more and case is not None and not case.core)
+        is_core = case is None or case.core
+        return self.slow is True or (
+            not is_core and (self.slow == "but core" or dtype in self.more)
+        )
 
 
 CHECKS: dict[str, Check] = {}
@@ -37,7 +42,7 @@ def check(
     *,
     dtypes: tuple[torch.dtype, ...] = (),
     more: tuple[torch.dtype, ...] = (),
-    slow: bool = False,
+    slow: Slow = False,
 ) -> Any:
     def register(function: Callable[..., None]) -> Callable[..., None]:
         name = function.__name__
