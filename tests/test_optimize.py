@@ -478,3 +478,15 @@ def test_fsdp_counts_as_the_class_under_it(process_group):
         pickle.dumps(model)
     fastdl.restore(model)
     assert [type(module) for module in model.modules()] == classes
+
+
+def test_sites_name_the_function_of_their_class():
+    classes = {
+        nn.BCEWithLogitsLoss(): "binary_cross_entropy_with_logits",
+        nn.KLDivLoss(): "kl_div",
+        nn.CrossEntropyLoss(): "cross_entropy",
+        nn.BatchNorm2d(3): "batch_norm",
+        nn.LSTMCell(2, 3): "lstm_cell",
+    }
+    sites = fastdl.plan(nn.ModuleList(classes))
+    assert [site.op for site in sites] == [*classes.values()]

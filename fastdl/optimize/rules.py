@@ -116,10 +116,12 @@ def op_name(ours: type) -> str:
     has none is called like one.
     """
     name = ours.__name__.lower()
-    for candidate in (name, re.sub(r"\dd$", "", name), f"{name}forward"):
+    short = re.sub(r"(\dd|loss)$", "", name)
+    long = short.replace("bce", "binarycrossentropy")
+    for candidate in (name, short, long, f"{name}forward"):
         if candidate in _PUBLIC:
             return _PUBLIC[candidate]
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", ours.__name__).lower()
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", ours.__name__).lower()
 
 
 def _loaded(name: str) -> ModuleType | None:
