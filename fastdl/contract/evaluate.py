@@ -59,31 +59,28 @@ class Allocated(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
-        self._seen: list[Tensor] = []  # kept, so that no memory is counted twice or missed
+        self.made: list[Tensor] = []
+        self._given: list[Tensor] = []  # kept, so that no memory is counted twice or missed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == NAMESPACE:
             with self:
                 return LIBRARY_OPS[func.name().split("::")[1]].launch(*args)
-        self._know((args, kwargs))
+        self._given += self._unknown((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        self.bytes += self._know(result)
+        made = self._unknown(result)
+        self.made += made
+        self.bytes += sum(tensor.untyped_storage().nbytes() for tensor in made)
         return result
 
-    def _know(self, values: Any) -> int:
-        """Bytes of what was not known before."""
-        found = 0
+    def _unknown(self, values: Any) -> list[Tensor]:
+        """Tensors in memory that was not seen before."""
+        known = {t.untyped_storage().data_ptr() for t in (*self.made, *self._given)}
+        found: dict[int, Tensor] = {}
         for tensor in pytree.tree_leaves(values):
-            if isinstance(tensor, Tensor) and not self._is_known(tensor):
-                self._seen.append(tensor)
-                found += tensor.untyped_storage().nbytes()
-        return found
-
-    def _is_known(self, tensor: Tensor) -> bool:
-        return any(
-            t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-            for t in self._seen
-        )
+            if isinstance(tensor, Tensor):
+                found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return [tensor for home, tensor in found.items() if home not in known]
 
 
 def floats(result: Any) -> list[Tensor]:
