@@ -23,13 +23,6 @@ def ours(name):
 OURS = {info.name: ours(info.name) for info in op_db if ours(info.name)}
 # torch's samples have the table first
 OURS["nn.functional.embedding"] = lambda weight, ids, **given: FF.embedding(ids, weight, **given)
-NAMES = [
-    *("conv1d", "conv2d", "conv_transpose2d"),
-    *("celu", "dropout", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "layer_norm"),
-    *("leaky_relu", "linear", "logsigmoid", "mish", "relu", "relu6", "rms_norm", "selu", "silu"),
-    *("softplus", "scaled_dot_product_attention", "softsign", "tanhshrink"),
-]
-OURS = {f"nn.functional.{name}": getattr(FF, name) for name in NAMES}
 INFOS = [info for info in op_db if info.name in OURS and not info.variant_test_name]
 
 

@@ -97,7 +97,7 @@ def ends(t: Maker, lengths: Sequence[int]) -> Tensor:
 CAUSAL: dict[str, Any] = {"is_causal": True}
 MODELS = [
     Case("GPT-2", "the diagonal", call(B=3, **CAUSAL)),
-    Case("Llama", "heads that share keys", call(B=3, H=4, kv=2, Sq=21, **CAUSAL), core=True),
+    Case("Llama", "heads that share keys", call(B=3, H=4, kv=2, Sq=21, **CAUSAL)),
     Case("Gemma-2", "a window and softcap", call(H=4, kv=2, window_size=(11, 0), softcap=2.0, scale=0.3)),
     Case("T5 encoder", "a bias and its gradient over the batch", call(B=3, Sq=21, bias=(1, 2, 21, 21), scale=1.0)),
     Case("T5 decoder", "a bias under a causal mask", call(B=2, bias=(1, 2, 37, 37), scale=1.0, **CAUSAL)),
@@ -120,7 +120,7 @@ OPTIONS = [
     Case("window", "both edges", call(Sq=50, window_size=(5, 9))),
     Case("window ahead", "the left edge alone", call(Sq=50, Sk=70, window_size=(40, -1))),
     Case("window of itself", "one key each", call(Sq=21, window_size=(0, 0))),
-    Case("mask", "a mask of each query", call(B=3, Sq=21, mask=(1, 1, 21, 21)), core=True),
+    Case("mask", "a mask of each query", call(B=3, Sq=21, mask=(1, 1, 21, 21))),
     Case("mask of heads", "a mask that every query shares", call(Sq=21, mask=(1, 2, 1, 21))),
     Case("blind queries", "rows that see nothing are 0", bent(blind, 1, 2, 21, 21, Sq=21)),
     Case("blind bias", "rows of -inf are 0", bent(lambda m: torch.where(blind(m), 0.0, -torch.inf), 1, 2, 21, 21, Sq=21)),

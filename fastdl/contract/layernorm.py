@@ -32,7 +32,7 @@ def call(
 
 
 CASES = [
-    Case("odd rows", "masks of rows and columns", call((37,), (45,)), core=True, spelled=True),
+    Case("odd rows", "masks of rows and columns", call((37,), (45,)), spelled=True),
     Case("no weight", "missing factors", call((9,), (32,), weight=False, bias=False), spelled=True),
     Case("no bias", "a missing bias", call((9,), (40,), bias=False), spelled=True),
     Case("no weight, bias", "a missing weight", call((9,), (40,), weight=False)),

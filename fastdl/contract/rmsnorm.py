@@ -27,7 +27,7 @@ def call(
 
 
 CASES = [
-    Case("odd rows", "masks of rows and columns", call((37,), (45,)), core=True, spelled=True),
+    Case("odd rows", "masks of rows and columns", call((37,), (45,)), spelled=True),
     Case("no weight", "a missing weight", call((9,), (32,), weight=False), spelled=True),
     Case("two dimensions", "several normalized dimensions", call((3, 4), (5, 7)), spelled=True),
     Case("no rows before", "normalizing all there is", call((), (33,)), spelled=True),
@@ -43,7 +43,7 @@ CASES = [
     Case("residual", "h, and its gradient in two places", call((37,), (45,), residual=True, prenorm=True), core=True, spelled=True),
     Case("residual alone", "a gradient of h that never comes", call((7,), (40,), residual=True), spelled=True),
     Case("prenorm alone", "h when there is no residual", call((7,), (40,), prenorm=True)),
-    Case("gemma", "an offset that backward forgets", call((9,), (40,), weight_offset=1.0, cast="gemma"), core=True),
+    Case("gemma", "an offset that backward forgets", call((9,), (40,), weight_offset=1.0, cast="gemma")),
     Case("offset", "an offset other than 1", call((9,), (40,), weight_offset=-0.5, cast="torch")),
     Case("offset, no weight", "an offset of nothing", call((9,), (40,), weight=False, weight_offset=1.0)),
     Case("llama", "a cast before the weight", call((9,), (40,), cast="llama"), core=True),
