@@ -48,17 +48,12 @@ def rule(mode: str, B: int, H: int, dtype: torch.dtype, device: Device) -> Confi
         return _walk(4 if device.backend == "interpreter" else 16, H)
     if device.backend == "interpreter":
         return _steps(4, 16, 16, 4, 2)
-    rows = min(_most_rows(mode, dtype), max(16, power_of_2(B)))
+    rows = min(64, max(16, power_of_2(B)))
     # as many programs as processors, if tiles of 16 units make so many
     units = 32
     while units > 16 and cdiv(B, rows) * cdiv(H, units) < device.sms:
         units //= 2
     return _tiles(mode, rows, units, dtype, device)
-
-
-def _most_rows(mode: str, dtype: torch.dtype) -> int:
-    """Exact float32 has no tensor cores: sums of several gates and both sides are in registers."""
-    return 32 if dtype == torch.float32 and GATES[mode] > 1 else 64
 
 
 def _tiles(mode: str, rows: int, units: int, dtype: torch.dtype, device: Device) -> Config:
@@ -67,12 +62,12 @@ def _tiles(mode: str, rows: int, units: int, dtype: torch.dtype, device: Device)
     deep = 32 if exact else 64
     stage = GATES[mode] * (rows + units) * deep * dtype.itemsize
     stages = max(1, min(2 if exact else 3, device.shared // stage))
-    return _steps(rows, units, deep, _warps(rows, units), stages)
+    return _steps(rows, units, deep, _warps(rows, units, dtype), stages)
 
 
-def _warps(rows: int, units: int) -> int:
-    """A thread stores at least 8 units of a tile, 16 bytes."""
-    return min(8, rows * units // 256)
+def _warps(rows: int, units: int, dtype: torch.dtype) -> int:
+    """A thread stores 16 bytes of a tile, or more."""
+    return min(8, rows * units * dtype.itemsize // 512)
 
 
 def _walk(rows: int, H: int) -> Config:
@@ -92,10 +87,7 @@ def candidates(
     """Every configuration that tuning may pick."""
     _, _, H = sizes
     found = [
-        _tiles(mode, rows, units, dtype, device)
-        for rows in (16, 32, 64)
-        for units in (16, 32)
-        if rows <= _most_rows(mode, dtype)
+        _tiles(mode, rows, units, dtype, device) for rows in (16, 32, 64) for units in (16, 32)
     ]
     return found + ([_walk(16, H)] if walks(mode, H, dtype, device) else [])
 
