@@ -29,7 +29,9 @@ def tile_of(extent: Extent, size: int, device: Device) -> Config:
         n = size // m
     else:
         m, n = size // 128, 128
-    return Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=4, num_stages=1)
+    # lines of planes may begin anywhere, which takes more registers
+    warps = 8 if extent.planes and size > 2048 else 4
+    return Config({"BLOCK_M": m, "BLOCK_N": n}, warps, 1)
 
 
 def launch_finish(

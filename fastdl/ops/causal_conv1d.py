@@ -108,7 +108,7 @@ def _backward(
     dx = _new_output(x, length) if needs[0] else None
     dy = same_layout(dy, _new_output(x, dy.shape[2]) if z is None else z)
     device = device_of(x)
-    config = tile_of(Extent(images, length, N, x.stride(1) != 1), 1024, device)
+    config = tile_of(Extent(images, length, N, x.stride(1) != 1), 512, device)
     groups = cdiv(N, config["BLOCK_N"])
     parts = max(1, min(images * cdiv(length, config["BLOCK_M"]), 4 * device.sms // groups))
     partial_taps = x.new_empty((parts, K, N), dtype=torch.float32) if needs[1] else None

@@ -130,12 +130,12 @@ def _implicit(m: int, n: int, k: int, warps: int, stages: int) -> Config:
 def candidates(dtype: torch.dtype, last: bool) -> list[Config]:
     """Every configuration that tuning may pick. Gathering from planes takes more registers."""
     k, offers = (32 if dtype == torch.float32 else 64), [VENDOR]
-    tiles = [(64, 64, 4, 3), (128, 128, 8, 3)]
+    tiles = [(64, 64, 4, 3)]
     if not last:
         tiles.append((64, 128, 8, 3))
     else:
         offers.append(POINTWISE)
-        tiles += [(128, 64, 4, 3), (64, 128, 4, 3)]
+        tiles += [(128, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3)]
         if dtype != torch.float32:
             tiles += [(64, 256, 8, 3), (128, 256, 8, 3)]
     return [*offers, *(_implicit(m, n, k, warps, stages) for m, n, warps, stages in tiles)]
