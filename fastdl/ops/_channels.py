@@ -164,16 +164,17 @@ def choose_whole(shape: Shape, device: Device, backward: bool) -> Config | None:
 @functools.lru_cache(maxsize=1024)
 def choose_tiles(shape: Shape, device: Device) -> Config:
     """Tiles as long as may be in the direction in which elements lie side by side: 128 bytes of
-    16-bit channels, or all of the pixels.
+    16-bit channels, or all of the pixels. A thread has 16 bytes of 16-bit elements: the addresses
+    of more, where lines begin anywhere, do not fit in registers.
     """
     small = device.backend == "interpreter"
     area = 256 if small else 2048
     if shape.last:
         channels = min(power_of_2(shape.channels), 16 if small else 64)
-        return Config({"BLOCK_C": channels, "BLOCK_P": area // channels}, 4, 1, "tiles")
+        return Config({"BLOCK_C": channels, "BLOCK_P": area // channels}, 8, 1, "tiles")
     pixels = min(power_of_2(shape.pixels), area)
     channels = min(area // pixels, power_of_2(shape.channels))
-    return Config({"BLOCK_C": channels, "BLOCK_P": pixels}, 4, 1, "tiles")
+    return Config({"BLOCK_C": channels, "BLOCK_P": pixels}, 8, 1, "tiles")
 
 
 class Split(NamedTuple):
