@@ -29,9 +29,8 @@ def tile_of(extent: Extent, size: int, device: Device) -> Config:
         n = size // m
     else:
         m, n = size // 128, 128
-    # lines of planes may begin anywhere, which takes more registers
-    warps = 8 if extent.planes and size > 2048 else 4
-    return Config({"BLOCK_M": m, "BLOCK_N": n}, warps, 1)
+    # 16 elements a thread: more, where lines begin anywhere, do not fit in registers
+    return Config({"BLOCK_M": m, "BLOCK_N": n}, 8 if size > 2048 else 4, 1)
 
 
 def launch_finish(
