@@ -94,9 +94,9 @@ def _rule(cols: int, strided: bool, device: Device) -> Config:
     block = min(cols, 32 if strided else 4096)
     if block >= 1024:
         return Config({"ROWS": 1, "BLOCK": block}, block // 512, 1)
-    # with several rows a thread has fewer elements: each of them has a pointer
-    rows = min(2048 // block, 128 if strided else 16)
-    return Config({"ROWS": rows, "BLOCK": block}, max(1, rows * block // 256), 1)
+    # with several rows a thread has fewer elements: each of them has a pointer, or two
+    rows = min(1024 // block, 128 if strided else 16)
+    return Config({"ROWS": rows, "BLOCK": block}, max(1, rows * block // 128), 1)
 
 
 def config_for(x: Tensor) -> Config:
