@@ -14,7 +14,9 @@ from torch.nn.utils import parametrize
 from .. import functional, nn as fused
 from ..nn.rnn import let_dynamo_enter
 from ..ops._route import FUSED_DTYPES, PLAIN
+from .foreign import recognise, with_form
 from .sequential import Sequential
+from .structures import form_of, original_class
 
 # torch's class -> ours: every class of fastdl.nn that derives from one of torch's.
 RULES: dict[type, type] = {
@@ -52,14 +54,25 @@ def examine(module: nn.Module) -> Finding | None:
     if cls is NonDynamicallyQuantizableLinear:
         return None  # it is never called: nn.MultiheadAttention takes its weights
     base = next((known for known in cls.__mro__ if known in RULES), None)
-    if base is None:
-        reason = _unknown(module)
-        return Finding(cls.__name__, reason=reason) if reason else None
     under = _under(cls)
+    if base is None:
+        return _foreign(module, under)
     op = op_name(RULES[base])
     if under is RULES[base]:
         return Finding(base.__name__, op, cls)
     return Finding(base.__name__, op, RULES[base], _refusal(module, base, under))
+
+
+def _foreign(module: nn.Module, cls: type) -> Finding | None:
+    """The finding for a module of a class that is not torch's."""
+    made = form_of(cls)
+    if made is not None:
+        return Finding(cls.__name__, made.op, cls)
+    form = None if _unfit(module) else recognise(module)
+    if form is not None:
+        return Finding(cls.__name__, form.op, with_form(cls, form))
+    reason = _unknown(module)
+    return Finding(cls.__name__, reason=reason) if reason else None
 
 
 def _opaque(module: nn.Module) -> str | None:
@@ -83,16 +96,21 @@ def _unknown(module: nn.Module) -> str | None:
 
 def _refusal(module: nn.Module, base: type[nn.Module], under: type) -> str | None:
     """Why a module of a known class, or of one derived from it, is not replaced."""
+    if not parametrize.is_parametrized(module) and under is not base:
+        return f"{under.__name__} is derived from {base.__name__}: its forward may differ"
+    if not base.forward.__module__.startswith("torch."):
+        return f"the forward of {base.__name__} was replaced by {base.forward.__module__}"
+    return _unfit(module)
+
+
+def _unfit(module: nn.Module) -> str | None:
+    """Why a module cannot be replaced, whatever its class."""
     if parametrize.is_parametrized(module):
         return "it is parametrized: its weight is computed at each access"
     if isinstance(module, LazyModuleMixin):
         return "it is lazy and not initialised: call the model once before"
-    if under is not base:
-        return f"{under.__name__} is derived from {base.__name__}: its forward may differ"
     if "forward" in vars(module):
         return "its forward was replaced on the instance, as other libraries do"
-    if not base.forward.__module__.startswith("torch."):
-        return f"the forward of {base.__name__} was replaced by {base.forward.__module__}"
     if any(isinstance(value, Tensor) for value in vars(module).values()):
         return "its weight is not a parameter: it is pruned, or another hook computes it"
     return _unfit_parameter(module)
@@ -165,10 +183,13 @@ def swap(module: nn.Module, target: type) -> None:
 def swap_back(module: nn.Module) -> None:
     """Give a module the class it had."""
     cls = type(module)
-    original = ORIGINALS.get(cls) or _REMADE.get(cls)
+    original = (
+        ORIGINALS.get(cls) or _REMADE.get(cls) or (original_class(cls) if form_of(cls) else None)
+    )
     if original is not None:
         module.__class__ = original
 
 
 def is_ours(module: nn.Module) -> bool:
-    return _under(type(module)) in ORIGINALS
+    cls = _under(type(module))
+    return cls in ORIGINALS or form_of(cls) is not None
