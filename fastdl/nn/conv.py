@@ -30,19 +30,24 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
 
 def run_conv(
-    input: Tensor, conv: Any, activation: Any = None, output_size: list[int] | None = None
+    input: Tensor,
+    conv: Any,
+    activation: Any = None,
+    residual: Tensor | None = None,
+    output_size: list[int] | None = None,
 ) -> Tensor:
-    """activation(conv(input)), as one op."""
-    given, kept = (conv.weight, conv.bias, conv.stride), {"activation": activation}
+    """activation(conv(input) + residual), as one op."""
+    given: Any = (conv.weight, conv.bias, conv.stride)
+    kept: Any = {"activation": activation, "residual": residual}
     if conv.transposed:
         after = conv._output_padding(
             input, output_size, conv.stride, conv.padding, conv.kernel_size, 2, conv.dilation
         )
-        rest = (conv.padding, after, conv.groups, conv.dilation)
+        rest: Any = (conv.padding, after, conv.groups, conv.dilation)
         return FF.conv_transpose2d(input, *given, *rest, **kept)
-    padding = conv.padding
+    padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = 0
-    op = FF.conv1d if isinstance(conv, nn.Conv1d) else FF.conv2d
+    op: Any = FF.conv1d if isinstance(conv, nn.Conv1d) else FF.conv2d
     return op(input, *given, padding, conv.dilation, conv.groups, **kept)

@@ -71,15 +71,24 @@ class InstanceNorm3d(nn.InstanceNorm3d):
         return _run_instance_norm(input, self)
 
 
-def run_group_norm(input: Tensor, norm: Any, activation: Activations = None) -> Tensor:
-    """activation(norm(input)), as one op."""
+def run_group_norm(
+    input: Tensor,
+    norm: Any,
+    activation: Activations = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """activation(norm(input) (1 + scale) + shift), as one op."""
     return F.group_norm(
-        input, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=activation
-    )
+        input, norm.num_groups, norm.weight, norm.bias, norm.eps,
+        activation=activation, scale=scale, shift=shift,
+    )  # fmt: skip
 
 
-def run_batch_norm(input: Tensor, norm: Any, activation: Activations = None) -> Tensor:
-    """activation(norm(input)), as one op. Counts batches as torch's module does."""
+def run_batch_norm(
+    input: Tensor, norm: Any, activation: Activations = None, residual: Tensor | None = None
+) -> Tensor:
+    """activation(norm(input) + residual), as one op. Counts batches as torch's module does."""
     norm._check_input_dim(input)
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
@@ -91,8 +100,9 @@ def run_batch_norm(input: Tensor, norm: Any, activation: Activations = None) -> 
     if norm.training and not norm.track_running_stats:
         mean = var = None
     return F.batch_norm(
-        input, mean, var, norm.weight, norm.bias, own, momentum, norm.eps, activation=activation
-    )
+        input, mean, var, norm.weight, norm.bias, own, momentum, norm.eps,
+        activation=activation, residual=residual,
+    )  # fmt: skip
 
 
 def _run_instance_norm(input: Tensor, norm: Any) -> Tensor:

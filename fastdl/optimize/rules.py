@@ -14,9 +14,8 @@ from torch.nn.utils import parametrize
 from .. import functional, nn as fused
 from ..nn.rnn import let_dynamo_enter
 from ..ops._route import FUSED_DTYPES, PLAIN
-from .foreign import recognise, with_form
+from .foreign import form_of, original_class, recognise, with_form
 from .sequential import Sequential
-from .structures import form_of, original_class
 
 # torch's class -> ours: every class of fastdl.nn that derives from one of torch's.
 RULES: dict[type, type] = {

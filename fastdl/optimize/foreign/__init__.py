@@ -1,0 +1,6 @@
+"""Modules of other libraries. A form says how a module's forward is fastdl's own; what a module
+may be is told from its children, attributes and shapes, and a probe decides.
+"""
+
+from .form import form_of as form_of, original_class as original_class
+from .recognise import forget as forget, recognise as recognise, with_form as with_form

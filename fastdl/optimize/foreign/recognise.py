@@ -1,0 +1,173 @@
+"""Modules of other libraries: which form fits one, and the class that runs it.
+
+Attributes, types and shapes say what a module may be. Each guess runs beside the module's own
+forward on a small copy (probe.py), and the first that agrees in every digit is taken.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...nn._children import is_plain
+from ...ops.activation import ACTIVATIONS, BY_MODULE, apply_definition
+from .blocks import blocks
+from .form import Act, Form, original_class, parameters
+from .leaves import NAMES, Elementwise, Transposed, leaves
+from .parts import IDENTITIES, KINDS, Parts
+from .perceptrons import perceptrons
+from .probe import CLOSE, Probe
+
+# What every module has.
+_OWN = vars(nn.Module()).keys()
+
+_KNOWN: dict[Any, Form | None] = {}
+
+
+def recognise(module: nn.Module) -> Form | None:
+    """The form of a module of another library, if it has one."""
+    if type(module).__module__.startswith("torch."):
+        return None  # rules know torch's own
+    if len(module._modules) > 16 or len(module._parameters) > 2 or module._buffers:
+        return None
+    key = _signature(module)
+    if key not in _KNOWN:
+        _KNOWN[key] = _probe(module)
+    return _KNOWN[key]
+
+
+def forget() -> None:
+    """Forget what was found: objects that a module refers to may be gone, or have changed."""
+    _KNOWN.clear()
+
+
+def _probe(module: nn.Module) -> Form | None:
+    test = Probe(module, original_class(type(module)).forward)  # type: ignore[attr-defined]
+    return next((form for form in _candidates(module) if test.agrees(form)), None)
+
+
+def _signature(module: nn.Module) -> Any:
+    """What a form may depend on: alike layers of a model are probed once."""
+    plain = (int, float, str, bool, type(None), torch.dtype)
+    return (
+        type(module),
+        type(module).forward,
+        tuple(
+            (k, v if isinstance(v, plain) or _is_function(v) else id(v))
+            for k, v in vars(module).items()
+            if not (k.startswith("_") and hasattr(nn.Module, k)) and k not in _OWN
+        ),
+        tuple((n, p if p is None else p.shape) for n, p in module._parameters.items()),
+        tuple((n, m if m is None else _signature(m)) for n, m in module._modules.items()),
+    )
+
+
+def _candidates(module: nn.Module) -> Iterator[Form]:
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    if children and not parameters:
+        parts = _parts(module, children)
+        if parts is not None:
+            yield from perceptrons(parts)
+            yield from blocks(module, parts)
+    elif not children:
+        yield from leaves(module, parameters)
+
+
+def _parts(module: nn.Module, children: dict[str, nn.Module]) -> Parts | None:
+    """The children by what they are; None where one of them may do more than its forward."""
+    parts = Parts()
+    for name, value in vars(module).items():
+        if _is_function(value) and (known := _of_function(value)):
+            parts.acts.append(Act(name, value, known))
+    for name, child in children.items():
+        cls = original_class(type(child))
+        form = recognise(child)
+        if not is_plain(child):
+            return None
+        if cls in BY_MODULE and cls not in IDENTITIES:
+            parts.acts.append(Act(name, cls, None))
+        elif isinstance(form, Elementwise):
+            parts.acts.append(Act(name, cls, form.name))
+        elif isinstance(form, Transposed):
+            parts.linears.append(name)
+            parts.transposed = cls
+        else:
+            kind = next((kind for kind, classes in KINDS.items() if cls in classes), "others")
+            getattr(parts, kind).append(name)
+    if not parts.acts:
+        parts.acts = [Act(None, None, name) for name in NAMES]
+    return parts
+
+
+def _is_function(value: Any) -> bool:
+    return (
+        callable(value) and not isinstance(value, (nn.Module, type)) and hasattr(value, "__name__")
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _of_function(function: Callable[..., Any]) -> str | None:
+    """The name of an activation that a function is."""
+    x = torch.cat([torch.linspace(-9, 9, 127, dtype=torch.float64), torch.tensor([-1e3, 1e3])])
+    try:
+        found = function(x)
+    except Exception:
+        return None
+    for name in NAMES:
+        a, b = ACTIVATIONS[name].defaults
+        if isinstance(found, torch.Tensor) and found.shape == x.shape:
+            expected = apply_definition(x, name, a, b)
+            if bool((found - expected).abs().max() <= CLOSE * expected.abs().max()):
+                return name
+    return None
+
+
+@functools.cache
+def with_form(cls: Any, form: Form) -> Any:
+    """A class that runs a form, and the class's own forward where the form does not fit a call."""
+
+    given = parameters(cls)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        values = args if not kwargs else _in_order(given, args, kwargs)
+        found = NotImplemented if values is None else form.run(self, *values)
+        return cls.forward(self, *args, **kwargs) if found is NotImplemented else found
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        # the class cannot be found by its name
+        function, args, *rest = cls.__reduce_ex__(self, protocol)
+        if args[:1] != (made,):
+            return function, args, *rest
+        return _new, (cls, form), *rest
+
+    body = {
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_fastdl_original": cls,
+        "_fastdl_form": form,
+    }
+    made = type(cls.__name__, (cls,), body)
+    return made
+
+
+def _in_order(
+    given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """The values of all arguments by position; None where one is missing or not known."""
+    names = list(given)[len(args) :]
+    if not kwargs.keys() <= set(names):
+        return None
+    values = (*args, *(kwargs.get(name, given[name]) for name in names))
+    return None if any(value is inspect.Parameter.empty for value in values) else values
+
+
+def _new(cls: Any, form: Form) -> Any:
+    made = with_form(cls, form)
+    return made.__new__(made)
