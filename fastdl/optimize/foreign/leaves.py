@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ... import functional as F
 from ...ops.activation import ACTIVATIONS
@@ -85,11 +85,14 @@ class Transposed(Form):
     def inputs(self, module: Any, draw: Draw) -> Inputs:
         return (draw(2, 0, getattr(module, self.weight).shape[0]),)
 
+    def tensors(self, module: Any) -> tuple[Tensor, Tensor | None]:
+        """Weight, as [out, in], and bias."""
+        bias = getattr(module, self.bias) if self.bias else None
+        return getattr(module, self.weight).t(), bias
+
     def run(self, module: Any, *args: Any) -> Any:
-        weight = getattr(module, self.weight)
-        if not one_tensor(args, weight):
-            return NotImplemented
-        return F.linear(args[0], weight.t(), getattr(module, self.bias) if self.bias else None)
+        weight, bias = self.tensors(module)
+        return F.linear(args[0], weight, bias) if one_tensor(args, weight) else NotImplemented
 
 
 def leaves(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[Form]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from ... import nn as fused
 from .form import Act
+from .leaves import Transposed
 
 IDENTITIES = (nn.Identity, nn.Dropout, fused.Dropout)
 
@@ -22,11 +23,11 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass
 class Parts:
-    """Names of attributes. `transposed` is the class of linear layers whose weight is [in, out]."""
+    """Names of attributes. `transposed` is the class of linear layers that are not torch's."""
 
     acts: list[Act] = field(default_factory=list)
     linears: list[str] = field(default_factory=list)
-    transposed: type | None = None
+    transposed: tuple[type, Transposed] | None = None
     drops: list[str] = field(default_factory=list)
     layer_norms: list[str] = field(default_factory=list)
     group_norms: list[str] = field(default_factory=list)

@@ -11,17 +11,22 @@ from torch import Tensor, nn
 from ... import functional as F, nn as fused
 from ...nn._children import is_one_of, is_plain
 from .form import Act, Draw, Form, Inputs, one_tensor, original_class
+from .leaves import Transposed
 from .parts import KINDS, Parts
 
 Gate = Literal["first half", "second half", None]
 
 
-def linear_weight(child: Any, transposed: type | None) -> Any:
-    """The weight of a linear layer as [out, in]; NotImplemented for anything else."""
+# A class of linear layers whose weight is [in, out], with its form.
+Other = tuple[type, Transposed] | None
+
+
+def linear_tensors(child: Any, other: Other) -> Any:
+    """Weight, as [out, in], and bias of a linear layer; NotImplemented for anything else."""
     if is_one_of(child, *KINDS["linears"]):
-        return child.weight
-    if transposed and original_class(type(child)) is transposed and is_plain(child):
-        return child.weight.t()
+        return child.weight, child.bias
+    if other and original_class(type(child)) is other[0] and is_plain(child):
+        return other[1].tensors(child)
     return NotImplemented
 
 
@@ -40,7 +45,7 @@ class Perceptron(Form):
     middle: str | None = None
     down: str | None = None
     end: str | None = None
-    transposed: type | None = None
+    transposed: Other = None
 
     @property
     def op(self) -> str:
@@ -48,48 +53,39 @@ class Perceptron(Form):
         return ("gated_mlp" if gated else "mlp") if self.down else ("glu" if gated else "linear")
 
     def inputs(self, module: Any, draw: Draw) -> Inputs:
-        return (draw(2, 0, linear_weight(getattr(module, self.first), self.transposed).shape[1]),)
+        weight, _ = linear_tensors(getattr(module, self.first), self.transposed)
+        return (draw(2, 0, weight.shape[1]),)
 
     def run(self, module: Any, *args: Any) -> Any:
         names = [name for name in (self.first, self.gated, self.down) if name]
-        weights = [linear_weight(getattr(module, name), self.transposed) for name in names]
+        layers = [linear_tensors(getattr(module, name), self.transposed) for name in names]
         act = self.act.of(module)
         if act is NotImplemented or not all(
-            weight is not NotImplemented and one_tensor(args, weight) for weight in weights
+            layer is not NotImplemented and one_tensor(args, layer[0]) for layer in layers
         ):
             return NotImplemented
         x = args[0]
-        if self.gated:
-            h = F.glu(
-                self._linear(module, self.gated, x),
-                activation=act,
-                gate=self._linear(module, self.first, x),
-            )
-        elif self.gate:
-            h = F.glu(
-                self._linear(module, self.first, x),
-                activation=act,
-                gate_first=self.gate == "first half",
-            )
-        else:
+        if not (self.gated or self.gate):
             h = self._linear(module, self.first, x, act, self.middle)
-        if self.middle and (self.gated or self.gate):
-            h = getattr(module, self.middle)(h)
+        else:
+            gate = self._linear(module, self.first, x)
+            if self.gated:
+                h = F.glu(self._linear(module, self.gated, x), activation=act, gate=gate)
+            else:
+                h = F.glu(gate, activation=act, gate_first=self.gate == "first half")
+            h = getattr(module, self.middle)(h) if self.middle else h
         return self._linear(module, self.down, h, None, self.end) if self.down else h
 
     def _linear(
         self, module: Any, name: str, x: Tensor, act: Any = None, drop: str | None = None
     ) -> Tensor:
-        layer = getattr(module, name)
+        weight, bias = linear_tensors(getattr(module, name), self.transposed)
         dropout: Any = getattr(module, drop) if drop else None
-        weight = linear_weight(layer, self.transposed)
-        if not is_one_of(dropout, nn.Dropout, fused.Dropout):
-            y = F.linear(x, weight, layer.bias, activation=act)
-            return y if dropout is None else dropout(y)
-        return F.linear(
-            x, weight, layer.bias,
-            activation=act, dropout_p=dropout.p, training=dropout.training,
-        )  # fmt: skip
+        if is_one_of(dropout, nn.Dropout, fused.Dropout):
+            p, training = dropout.p, dropout.training
+            return F.linear(x, weight, bias, activation=act, dropout_p=p, training=training)
+        y = F.linear(x, weight, bias, activation=act)
+        return y if dropout is None else dropout(y)
 
 
 @dataclass(frozen=True)
@@ -99,28 +95,27 @@ class AddNorm(Form):
     dense: str
     dropout: str | None
     norm: str
-    transposed: type | None = None
+    transposed: Other = None
 
     @property
     def op(self) -> str:
         return "linear"
 
     def inputs(self, module: Any, draw: Draw) -> Inputs:
-        weight = linear_weight(getattr(module, self.dense), self.transposed)
+        weight, _ = linear_tensors(getattr(module, self.dense), self.transposed)
         return draw(2, 0, weight.shape[1]), draw(2, 0, weight.shape[0])
 
     def run(self, module: Any, *args: Any) -> Any:
-        dense, norm = getattr(module, self.dense), getattr(module, self.norm)
-        weight = linear_weight(dense, self.transposed)
+        layer = linear_tensors(getattr(module, self.dense), self.transposed)
+        norm: Any = getattr(module, self.norm)
         if (
-            weight is NotImplemented
+            layer is NotImplemented
             or not is_one_of(norm, *KINDS["layer_norms"])
-            or not (
-                len(args) == 2 and one_tensor(args[:1], weight) and one_tensor(args[1:], weight)
-            )
+            or len(args) != 2
+            or not all(one_tensor((arg,), layer[0]) for arg in args)
         ):
             return NotImplemented
-        y = F.linear(args[0], weight, dense.bias)
+        y = F.linear(args[0], *layer)
         y = getattr(module, self.dropout)(y) if self.dropout else y
         return F.layer_norm(
             y, norm.normalized_shape, norm.weight, norm.bias, norm.eps, residual=args[1]

@@ -16,19 +16,20 @@ MAGNITUDES = (1e-3, 1.0, 1e3)
 
 CLOSE = 1e-9
 
-# In bfloat16 one rounding more or less is seen in a quarter of all elements.
-FEW_DIFFER = 0.02
-
 Forward = Callable[..., Any]
 Draw = Callable[..., Tensor]
 Given = list[Tensor | None]
 
 
 class Marker(nn.Module):
-    """Stands where a dropout was. It is no function that a form could take for another."""
+    """Stands where a dropout was. No two are alike, nor is one like anything else."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.factor = 1.7 + 0.1 * number
 
     def forward(self, input: Tensor) -> Tensor:
-        return input * 1.7 + 0.3 if self.training else input
+        return input * self.factor + 0.3 if self.training else input
 
 
 class Probe:
@@ -42,14 +43,14 @@ class Probe:
         self._known: dict[Any, list[Any] | None] = {}
 
     def agrees(self, form: Form) -> bool:
-        """Whether the form computes what the module does and, where that counts, rounds as it."""
+        """Whether the form computes what the module does."""
         try:
             with no_trace(), eager(), policy("definition"):
                 return all(
                     self._same(form, training, size)
                     for training in (False, True)
                     for size in MAGNITUDES
-                ) and (not form.rounds or self._rounds_alike(form))
+                )
         except Exception:  # the sizes are not what they seemed to be
             return False
 
@@ -76,17 +77,18 @@ class Probe:
                 self._known[key] = None
         return self._known[key]
 
-    def _rounds_alike(self, form: Form) -> bool:
+    def strays(self, form: Form) -> float:
+        """The part of all elements that come out different in bfloat16: a quarter, where something
+        is rounded once more or less.
+        """
         outputs = []
-        for forward in (self.forward, form.run):
-            twin = small_copy(self.module, torch.bfloat16).eval()
-            with torch.no_grad():
+        with no_trace(), eager(), policy("definition"), torch.no_grad():
+            for forward in (self.forward, form.run):
+                twin = small_copy(self.module, torch.bfloat16).eval()
                 output = forward(twin, *form.inputs(twin, _drawing(torch.bfloat16, rows=64)))
-            outputs.append([t for _, t in tensors_in(output, "")])
-        return all(
-            a.dtype == b.dtype and bool((a != b).double().mean() <= FEW_DIFFER)
-            for a, b in zip(*outputs, strict=True)
-        )
+                outputs.append([t.double() for _, t in tensors_in(output, "")])
+        pairs = zip(*outputs, strict=True)
+        return max((a != b).double().mean().item() for a, b in pairs)
 
 
 def _derived(twin: nn.Module, forward: Forward, inputs: Given) -> list[Any] | None:
@@ -130,6 +132,9 @@ def small_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     # past two dimensions are windows
     sizes = {n for t in _tensors(module) for n in t.shape[:2] if n > 1}
+    sizes |= {
+        n for m in module.modules() if isinstance(m, nn.LayerNorm) for n in m.normalized_shape
+    }
     divisor = _divisor(sizes, module)
     small = {n: n // divisor for n in sizes}
     draw = _drawing(torch.float64)
@@ -149,7 +154,7 @@ def small_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         if id(old) in seen:
             return seen[id(old)]
         if isinstance(old, (nn.modules.dropout._DropoutNd, nn.Identity)):
-            return seen.setdefault(id(old), Marker())
+            return seen.setdefault(id(old), Marker(len(seen)))
         new = seen[id(old)] = old.__class__.__new__(old.__class__)
         new.__dict__.update({key: shrink(value) for key, value in vars(old).items()})
         for name, value in vars(old).items():

@@ -46,7 +46,10 @@ def forget() -> None:
 
 def _probe(module: nn.Module) -> Form | None:
     test = Probe(module, original_class(type(module)).forward)  # type: ignore[attr-defined]
-    return next((form for form in _candidates(module) if test.agrees(form)), None)
+    fitting = filter(test.agrees, _candidates(module))
+    form = next(fitting, None)
+    # others may differ in where they round
+    return min([form, *fitting], key=test.strays) if form and form.rounds else form
 
 
 def _signature(module: nn.Module) -> Any:
@@ -94,7 +97,7 @@ def _parts(module: nn.Module, children: dict[str, nn.Module]) -> Parts | None:
             parts.acts.append(Act(name, cls, form.name))
         elif isinstance(form, Transposed):
             parts.linears.append(name)
-            parts.transposed = cls
+            parts.transposed = cls, form
         else:
             kind = next((kind for kind, classes in KINDS.items() if cls in classes), "others")
             getattr(parts, kind).append(name)
