@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_map, tree_map_with_path
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_with_path
 
-_WIDER = {
+from .rules import swap_back
+
+WIDER = {
     torch.float32: torch.float64,
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
@@ -26,6 +28,9 @@ _CASTS = {
     Tensor.half: Tensor.double,
     Tensor.bfloat16: Tensor.double,
 }
+
+# Makers of tensors whose dtype may come from an array, whose values float64 holds exactly.
+_SOURCES = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer}
 
 
 class Run(NamedTuple):
@@ -57,15 +62,17 @@ class Float64(TorchFunctionMode):
         func = _CASTS.get(func, func)
         args, kwargs = tree_map(_widened_dtype, (args, kwargs or {}))
         result = func(*args, **kwargs)
+        if func in _SOURCES:
+            return _widened(result)
         if self.narrow is None:
             results = result if isinstance(result, (tuple, list)) else (result,)
-            if any(isinstance(r, Tensor) and r.dtype in _WIDER for r in results):
+            if any(map(_is_narrow, results)):
                 self.narrow = resolve_name(func) or getattr(func, "__name__", str(func))
         return result
 
 
 def _widened_dtype(value: Any) -> Any:
-    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
+    return WIDER.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 _DROPOUTS = {
@@ -74,8 +81,22 @@ _DROPOUTS = {
 }  # fmt: skip
 
 
-class NoDropout(TorchFunctionMode):
-    """Calls torch's functional dropouts with p = 0."""
+# Random numbers depend on the dtype in which they are drawn.
+_MAKERS = {torch.randn, torch.rand, torch.normal, torch.randn_like, torch.rand_like}
+_DRAWS = {
+    torch.bernoulli, Tensor.bernoulli, torch.poisson, torch.multinomial, Tensor.multinomial,
+    F.gumbel_softmax, F.rrelu, torch.rrelu,
+}  # fmt: skip
+_FILLS = {
+    Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.bernoulli_, Tensor.cauchy_,
+    Tensor.log_normal_, Tensor.geometric_,
+}  # fmt: skip
+
+
+class Steady(TorchFunctionMode):
+    """Calls torch's functional dropouts with p = 0, and draws random numbers in float64, so that
+    those of the judge are those of the models.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -88,23 +109,68 @@ class NoDropout(TorchFunctionMode):
                 args = (*args[:4], 0.0, *args[5:])
             else:
                 kwargs = {**kwargs, "dropout_p": 0.0}
+        if func in _FILLS and _is_narrow(args[0]):
+            return args[0].copy_(func(_widened(args[0]), *args[1:], **kwargs))
+        if (func in _MAKERS or func in _DRAWS) and kwargs.get("out") is None:
+            return _drawn(func, args, kwargs)
         return func(*args, **kwargs)
 
 
+def _drawn(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """What a function draws in float64, in the dtype that it would give."""
+    given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+    dtype = kwargs.get("dtype") or (torch.get_default_dtype() if given is None else given.dtype)
+    args, kwargs = tree_map(_widened, (args, kwargs))
+    if func in _MAKERS and (given is None or func is not torch.normal):
+        kwargs["dtype"] = WIDER.get(dtype, dtype)
+    drawn: Tensor = func(*args, **kwargs)
+    return drawn.to(dtype) if drawn.is_floating_point() or drawn.is_complex() else drawn
+
+
 @contextlib.contextmanager
-def no_trace() -> Iterator[None]:
-    """Restores random number generators, and turns gradients on inside."""
+def no_trace(*models: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, or raises: random numbers, torch's modes, and the gradients and buffers
+    of the models are as before. Gradients are on inside, and those of the models gone.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    state = random.getstate()
-    try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
-            yield
-    finally:
-        random.setstate(state)
+    with contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        if "numpy" in sys.modules:
+            numpy = sys.modules["numpy"].random
+            stack.callback(numpy.set_state, numpy.get_state())
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        for device in ("cpu", "cuda"):
+            stack.callback(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device))
+            stack.callback(torch.set_autocast_dtype, device, torch.get_autocast_dtype(device))
+        # the cache would keep what was cast from copies until the caller's autocast ends
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for model in models:
+            _remember(model, stack)
+        yield
+
+
+def _remember(model: nn.Module, stack: contextlib.ExitStack) -> None:
+    """Take a model's gradients away until the stack ends; then they and its buffers come back."""
+    for parameter in model.parameters():
+        stack.callback(setattr, parameter, "grad", parameter.grad)
+        parameter.grad = None
+    for buffer in model.buffers():
+        stack.callback(buffer.data.copy_, buffer.detach().clone())
+
+
+def insist_on_copies(*models: nn.Module) -> None:
+    """Raise an error if a run of a copy has reached the model, whose gradients were gone."""
+    for model in models:
+        if any(parameter.grad is not None for parameter in model.parameters()):
+            raise RuntimeError(
+                "verify: a copy of the model was run, and the gradients came to the model itself: "
+                "something in it holds on to it, such as a forward that was replaced by a closure. "
+                "What a copy computes says nothing about such a model."
+            )
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:
@@ -116,6 +182,7 @@ def eager() -> contextlib.AbstractContextManager[Any]:
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy without gradients."""
+    _insist_on_values(model)
     memo = {} if memo is None else memo
     # what a hook has computed, such as a pruned weight, cannot be copied with its history
     for module in model.modules():
@@ -132,13 +199,43 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     return twin
 
 
-def widen(model: nn.Module) -> None:
-    """Put a model into float64, with the tensors that are plain attributes of its modules."""
-    model.double()
+def original(model: nn.Module) -> nn.Module:
+    """A copy on torch's own classes."""
+    twin = copied(model)
+    for module in twin.modules():
+        swap_back(module)
+    return twin
+
+
+def _insist_on_values(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"verify: {name} is on the meta device and has no values to compute with. Load or "
+                "initialise the model first; fastdl.plan(model) needs no values."
+            )
+
+
+def widen(model: nn.Module) -> nn.Module:
+    """Put a model into float64, with the tensors that its modules hold as plain attributes."""
+    model._apply(_widened)
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor) and value.dtype in _WIDER:
-                setattr(module, name, value.to(_WIDER[value.dtype]))
+            if name not in _TABLES and any(_is_narrow(leaf) for leaf in tree_leaves(value)):
+                setattr(module, name, tree_map(_widened, value))
+    return model
+
+
+# Where nn.Module keeps what _apply has seen.
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in WIDER
+
+
+def _widened(value: Any) -> Any:
+    return value.to(WIDER[value.dtype]) if _is_narrow(value) else value
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -163,6 +260,8 @@ def run(
     leaves: dict[str, Tensor] = {}
     args, kwargs = fresh((args, kwargs), leaves, wide)
     random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
     torch.default_generator.manual_seed(0)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(0)
@@ -195,8 +294,7 @@ def fresh(inputs: Any, leaves: dict[str, Tensor] | None = None, wide: bool = Fal
             return copy.deepcopy(value)
         if id(value) not in seen:
             leaf = value.detach().clone()
-            if wide and leaf.dtype in _WIDER:
-                leaf = leaf.to(_WIDER[leaf.dtype])
+            leaf = _widened(leaf) if wide else leaf
             if leaves is not None and (leaf.is_floating_point() or leaf.is_complex()):
                 leaves[f"input {_label(path)}"] = leaf.requires_grad_()
                 leaf = leaf.clone()  # a model may write into what it is given, but not into a leaf
