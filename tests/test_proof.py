@@ -1,4 +1,4 @@
-"""Proof of whole models: wrong rules are found, named and rolled back, and nothing is left behind."""
+"""Proof of whole models: wrong rules are found, named and rolled back, and no trace is left."""
 
 import copy
 
@@ -8,9 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastdl
+from fastdl.optimize import rules
 
 WIDTH = 8
 X = (2, 6, WIDTH)
+
+
+@pytest.fixture(autouse=True)
+def _no_kernels():
+    """What is planted is wrong without them, and the interpreter is slow."""
+    with fastdl.policy("definition"):
+        yield
 
 
 class Attention(nn.Module):
@@ -39,6 +47,16 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x):
+        later = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+        return self.attention(x, x, x, attn_mask=later, need_weights=False)[0]
+
+
 class Decoder(nn.Module):
     """Its modules are listed in another order than they are called."""
 
@@ -46,12 +64,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.head = nn.Linear(WIDTH, WIDTH, bias=False)
         self.blocks = nn.ModuleList(Block() for _ in range(layers))
-        self.final = nn.LayerNorm(WIDTH)
+        self.final, self.masked = nn.LayerNorm(WIDTH), Masked()
 
     def forward(self, x):
         for block in self.blocks:
             x = block(x)
-        return self.head(self.final(x))
+        return self.head(self.masked(self.final(x)))
 
 
 class Detached(nn.LayerNorm):
@@ -122,3 +140,156 @@ def test_of_several_the_first_called_and_in_backward_the_last():
     backward = changed(model, both(lambda path: become(path, Detached)))
     assert fastdl.verify(model, backward, x).first == "final"
     assert fastdl.verify(model, copy.deepcopy(model), x).first is None
+
+
+# wrong rules
+
+
+class OtherEps(nn.LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, 1e-3)
+
+
+class NoBias(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+class Transposed(nn.Linear):
+    def forward(self, x):
+        square = self.in_features == self.out_features
+        return F.linear(x, self.weight.T if square else self.weight, self.bias)
+
+
+class OtherForm(nn.GELU):
+    def forward(self, x):
+        return F.gelu(x, approximate="tanh")
+
+
+class InvertedMask(nn.MultiheadAttention):
+    def forward(self, query, key, value, attn_mask, **options):
+        attn_mask = ~attn_mask & ~torch.eye(len(attn_mask), dtype=torch.bool)
+        return super().forward(query, key, value, attn_mask=attn_mask, **options)
+
+
+class WrongInBfloat16(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 1.03 if y.dtype == torch.bfloat16 else y
+
+
+class HalfTheDropout(nn.Dropout):
+    def forward(self, x):
+        return F.dropout(x, self.p / 2, self.training)
+
+
+BLOCKS = range(2)
+NORMS = {*(f"blocks.{i}.norm{j}" for i in BLOCKS for j in (1, 2)), "final"}
+LINEARS = {f"blocks.{i}.{name}" for i in BLOCKS for name in ("attention.qkv", "attention.proj")}
+PLANTED = [
+    (nn.LayerNorm, OtherEps, NORMS, "blocks.0.norm1"),
+    (nn.LayerNorm, Detached, NORMS, "final"),
+    (nn.Linear, NoBias, LINEARS | {"blocks.0.mlp.0"}, "blocks.0.attention.qkv"),
+    (nn.Linear, Transposed, {"blocks.1.attention.proj", "head"}, "blocks.0.attention.proj"),
+    (nn.GELU, OtherForm, {"blocks.0.mlp.1", "blocks.1.mlp.1"}, "blocks.0.mlp.1"),
+    (nn.MultiheadAttention, InvertedMask, {"masked.attention"}, "masked.attention"),
+    (nn.Linear, WrongInBfloat16, LINEARS | {"head"}, "blocks.0.attention.qkv"),
+    (nn.Dropout, HalfTheDropout, {"blocks.0.mlp.3", "blocks.1.mlp.3"}, None),
+]
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Puts a wrong class into the rules."""
+
+    def put(torchs, wrong):
+        monkeypatch.setitem(rules.RULES, torchs, wrong)
+        monkeypatch.setitem(rules.ORIGINALS, wrong, torchs)
+
+    return put
+
+
+@pytest.mark.parametrize(("torchs", "wrong", "sites", "first"), PLANTED)
+def test_a_wrong_rule_is_found_and_rolled_back(plant, torchs, wrong, sites, first):
+    dtype = torch.bfloat16 if wrong is WrongInBfloat16 else torch.float32
+    model, x = Decoder(layers=len(BLOCKS)).to(dtype), torch.randn(8, *X[1:]).to(dtype)
+    plant(torchs, wrong)
+    if first is not None:  # dropout is at 0 when models are compared
+        proof = fastdl.verify(model, fastdl.optimize(copy.deepcopy(model)), x)
+        assert not proof.ok and proof.first == first
+    report = fastdl.report(fastdl.optimize(model, x))
+    assert report.proof.ok and sites <= {site.name for site in report.rolled_back}
+    assert not any(isinstance(model.get_submodule(name), wrong) for name in sites)
+    assert any(rules.is_ours(module) for module in model.modules())
+
+
+# faults that no site shows alone
+
+
+class WrongLater(nn.Linear):
+    """Right at its first call."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1.0 if self.calls == 1 else 1.01)
+
+
+class WritesInput(nn.ReLU):
+    def forward(self, x):
+        y = F.relu(x)
+        x.data.mul_(1.01)
+        return y
+
+
+class Loop(nn.Module):
+    """Two layers, each of which is called again and again, and an activation beside its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.act = nn.LayerNorm(WIDTH), nn.ReLU()
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.two(self.one(x)).tanh()
+        return x + self.act(x) + self.norm(x)
+
+
+@pytest.mark.parametrize(
+    ("torchs", "wrong", "sites"),
+    [(nn.Linear, WrongLater, ["one", "two"]), (nn.ReLU, WritesInput, ["act"])],
+)
+def test_what_no_replay_sees_is_found_by_bisection(plant, torchs, wrong, sites):
+    model, x = Loop(), torch.randn(X)
+    plant(torchs, wrong)
+    assert all(site.reason is None for site in fastdl.plan(model, x))
+    assert fastdl.verify(model, fastdl.optimize(copy.deepcopy(model)), x).first == sites[0]
+    report = fastdl.report(fastdl.optimize(model, x))
+    assert [site.name for site in report.rolled_back] == sites
+    for site in report.rolled_back:
+        assert "with it the whole model fails: output: the error is too large" in site.reason
+        assert site.before < 1e-5 < 1e-3 < site.after
+    assert type(model.norm) is fastdl.nn.LayerNorm and report.proof.ok
+
+
+def test_a_site_that_raises_in_the_whole_model_is_rolled_back(plant):
+    class RaisesLater(WrongLater):
+        def forward(self, x):
+            return super().forward(x) if self.calls == 0 else self.missing
+
+    plant(nn.Linear, RaisesLater)
+    model = Loop()
+    report = fastdl.report(fastdl.optimize(model, torch.randn(X)))
+    assert [site.name for site in report.rolled_back] == ["one", "two"]
+    assert "AttributeError" in report.rolled_back[0].reason and report.proof.ok
+
+
+def test_a_model_that_raises_by_itself_says_so(plant):
+    plant(nn.Linear, WrongLater)
+    model = Loop()
+    model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fastdl.optimize(model, torch.randn(X))
+    assert type(model.one) is nn.Linear

@@ -14,6 +14,9 @@ from .rules import swap
 from .sequential import Sequential
 from .verify import Reference, raised
 
+# The rate of dropout is measured on so many elements, or on so many more runs.
+ENOUGH, DRAWS = 30_000, 32
+
 
 class Outcome(NamedTuple):
     """What a replay found: errors as in a Site, and why the site fails, if it does."""
@@ -119,10 +122,14 @@ def _dropout_fault(
     full, dropped = before(x.clone()), after(x_kept.clone())
     visible = full.detach() != 0
     kept = visible & (dropped.detach() != 0)
-    n = int(visible.sum())
+    n, n_kept = int(visible.sum()), int(kept.sum())
+    with torch.no_grad():
+        for _ in range(min(DRAWS, ENOUGH // max(n, 1))):  # of few elements any number may be kept
+            n += int(visible.sum())
+            n_kept += int((visible & (after(x.clone()) != 0)).sum())
     spread = (n * rate * (1 - rate)) ** 0.5
-    if abs(int(kept.sum()) - n * (1 - rate)) > 6 * spread + 1:
-        return f"dropout keeps {int(kept.sum())} of {n} elements at a rate of {rate}"
+    if abs(n_kept - n * (1 - rate)) > 6 * spread + 1:
+        return f"dropout keeps {n_kept} of {n} elements at a rate of {rate}"
     dy = signs(full, 0)
     full.backward(torch.where(kept, dy / (1 - rate), 0.0).to(dy.dtype))
     dropped.backward(dy)
