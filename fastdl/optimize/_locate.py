@@ -42,15 +42,16 @@ def first_difference(
     """The name of the first module of b, in the order of calls, that makes a model of a's differ.
 
     If none of its children does alone, it is the module itself. `backwards` asks for the last one.
-    None if the models have no child in common, or if a differs from itself. `compare` runs a model
-    and is true if it agrees with a.
+    None if no child of b has a name that a knows, or if a differs from itself. `compare` runs a
+    model and is true if it agrees with a.
     """
     a, b = (getattr(model, "_orig_mod", model) for model in (a, b))
-    known = dict(a.named_modules())
-    shared = [key for key, _ in b.named_children() if key in known]
-    twin = original(a)
-    order = _order_of_calls(twin)
-    if not shared or not compare(twin):
+    known = dict(a.named_modules(remove_duplicate=False))
+    children = [key for key, _ in b.named_children()]
+    if children and not any(key in known for key in children):
+        return None
+    order: dict[str, int] = {}
+    if not compare(_noting_calls(original(a), order)):
         return None
 
     def probe(names: Sequence[str]) -> bool | None:
@@ -71,11 +72,10 @@ def first_difference(
         name = children[culprit(children, probe, True)[0]]
 
 
-def _order_of_calls(model: nn.Module) -> dict[str, int]:
-    """The rank of each module's first call, by name; filled when the model runs. What is not
-    called itself, such as a ModuleList, ranks with the first in it.
+def _noting_calls(model: nn.Module, order: dict[str, int]) -> nn.Module:
+    """A model that notes the rank of each module's first call when it runs. What is not called
+    itself, such as a ModuleList, ranks with the first in it.
     """
-    order: dict[str, int] = {}
 
     def called(name: str, *_: Any) -> None:
         steps = name.split(".")
@@ -84,7 +84,7 @@ def _order_of_calls(model: nn.Module) -> dict[str, int]:
 
     for name, module in model.named_modules():
         module.register_forward_pre_hook(partial(called, name))
-    return order
+    return model
 
 
 def _mixed(a: nn.Module, b: nn.Module, names: Sequence[str]) -> nn.Module:

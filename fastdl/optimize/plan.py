@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .._table import progress
 from ._judge import copied, insist_on_copies, no_trace
 from ._locate import culprit
-from ._memory import insist_on_room
+from .memory import insist_on_room
 from .replay import replay
 from .report import Plan, Report, Site
 from .rules import Finding, examine, is_ours, is_sequential, swap, swap_back

@@ -11,21 +11,10 @@ from torch import Tensor, nn
 
 from .._table import lines as table, progress, silent
 from ..ops._route import policy
-from ._judge import (
-    Float64,
-    Run,
-    Steady,
-    copied,
-    eager,
-    insist_on_copies,
-    no_trace,
-    original,
-    run,
-    widen,
-    without_dropout,
-)
+from ._judge import Run, copied, eager, insist_on_copies, no_trace, original, run, without_dropout
 from ._locate import first_difference
-from ._memory import insist_on_room
+from ._modes import Float64, Steady, widen
+from .memory import insist_on_room
 
 RULE = (
     "an error may be 2x the original's for outputs, 3x for gradients, plus 1e-5 of the tensor's "
@@ -40,6 +29,9 @@ GRADIENT_FLOOR = 1e-3
 
 # The error of so few elements may be small by luck: the original's counts as its usual one.
 FEW = 32
+
+# Where the original itself is off by this part of a tensor's largest value, little can be said.
+WEAK = 0.1
 
 SHOWN = 5
 
@@ -107,6 +99,11 @@ class Proof:
                 return Fault(f"{name}: {c.reason}", c.before / c.scale, c.after / c.scale)
         return None
 
+    @property
+    def weak(self) -> list[str]:
+        """Tensors in which the original is so far from the judge that faults can hide."""
+        return [name for name, c in self.comparisons.items() if c.before > WEAK * c.scale]
+
     def worst(self) -> tuple[float, float]:
         """Errors before and after where the latter is largest, relative to the tensor's scale."""
         relative = [(c.before / c.scale, c.after / c.scale) for c in self.comparisons.values()]
@@ -121,6 +118,11 @@ class Proof:
         verdict = f"{len(failed)} of {len(everything)} differ" if failed else "the models agree"
         counted = f"{len(self.outputs)} outputs and buffers, {len(self.gradients)} gradients"
         lines = [f"{verdict}: {counted}", f"rule: {RULE}", self._judge_line()]
+        if self.weak:
+            lines.append(
+                f"weak: the original is off by over {WEAK:.0%} of the largest value in "
+                f"{len(self.weak)} tensors, such as {self.weak[0]}: there faults can hide"
+            )
         if self.first is not None:
             lines.append(f"first to differ: {self.first or '(the model itself)'}")
         closest = sorted(everything.items(), key=lambda item: -item[1].after / _positive(item[1]))
@@ -150,6 +152,7 @@ class Proof:
             "ok": self.ok,
             "rule": RULE,
             "judge_is_fp64": self.judge_is_fp64,
+            "weak": self.weak,
             "first": self.first,
             "outputs": rows(self.outputs),
             "gradients": rows(self.gradients),

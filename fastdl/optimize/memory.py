@@ -6,32 +6,32 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ._judge import WIDER
+from ._modes import WIDER
 
 MEMINFO = Path("/proc/meminfo")
 
 
 def insist_on_room(a: nn.Module, b: nn.Module) -> None:
     """Raise a MemoryError if the copies that verify makes of two models cannot fit."""
-    for device, needed in _needed(a, b).items():
-        free = _free(device)
-        if free is not None and needed > free:
+    for device, size in needed(a, b).items():
+        free = free_bytes(device)
+        if free is not None and size > free:
             raise MemoryError(
                 f"verify: copies of the model, one of them in float64, and their gradients take "
-                f"{_gib(needed)} on {device}, and the activations more; {_gib(free)} are free. "
+                f"{_gib(size)} on {device}, and the activations more; {_gib(free)} are free. "
                 "Verify the same model with fewer or narrower layers, or where there is more "
                 "memory. optimize(model) without example inputs, or with verify=False, needs none."
             )
 
 
-def _needed(a: nn.Module, b: nn.Module) -> dict[torch.device, int]:
+def needed(a: nn.Module, b: nn.Module) -> dict[torch.device, int]:
     """Bytes by device at the fullest moment: a copy with its gradients, and those of earlier runs.
 
     The judge runs first, then a, then b; each copy goes before the next is made.
     """
-    wide, wide_gradients = _bytes(a, wide=True)
-    first, first_gradients = _bytes(a)
-    second, second_gradients = _bytes(b)
+    wide, wide_gradients = _sizes(a, wide=True)
+    first, first_gradients = _sizes(a)
+    second, second_gradients = _sizes(b)
     moments = (
         wide + wide_gradients,
         wide_gradients + first + first_gradients,
@@ -40,7 +40,7 @@ def _needed(a: nn.Module, b: nn.Module) -> dict[torch.device, int]:
     return {device: max(m[device] for m in moments) for device in {d for m in moments for d in m}}
 
 
-def _bytes(
+def _sizes(
     model: nn.Module, wide: bool = False
 ) -> tuple[Counter[torch.device], Counter[torch.device]]:
     """What a model takes by device, and what its gradients take."""
@@ -54,7 +54,7 @@ def _bytes(
     return own, gradients
 
 
-def _free(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     """Bytes that can be had on a device, or None where nothing tells."""
     if device.type == "cuda":
         # what torch's allocator holds and does not use can be had too
