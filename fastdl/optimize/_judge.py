@@ -56,7 +56,13 @@ def _remember(model: nn.Module, stack: contextlib.ExitStack) -> None:
         stack.callback(setattr, parameter, "grad", parameter.grad)
         parameter.grad = None
     for buffer in model.buffers():
-        stack.callback(buffer.data.copy_, buffer.detach().clone())
+        if not buffer.is_meta:
+            stack.callback(_put_back, buffer, buffer.detach().clone())
+
+
+def _put_back(buffer: Tensor, kept: Tensor) -> None:
+    if not torch.equal(buffer, kept):  # an expanded one cannot be written
+        buffer.data.copy_(kept)
 
 
 def insist_on_copies(*models: nn.Module) -> None:

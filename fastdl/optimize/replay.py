@@ -15,7 +15,7 @@ from .sequential import Sequential
 from .verify import Reference, raised
 
 # The rate of dropout is measured on so many elements, or on so many more runs.
-ENOUGH, DRAWS = 30_000, 32
+ENOUGH, DRAWS = 30_000, 8
 
 
 class Outcome(NamedTuple):
