@@ -1,7 +1,9 @@
 """The runs of a proof: the judge is float64, random numbers are one, and no trace is left."""
 
 import copy
+import io
 import random
+import time
 import weakref
 
 import numpy as np
@@ -407,3 +409,19 @@ def test_models_of_other_libraries(make, layer, epsilon, dtype):
     setattr(other.get_submodule(layer), epsilon, 1.0)
     proof = fastdl.verify(model, other, inputs)
     assert not proof.ok and proof.first == layer
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_long_proofs_show_how_far_they_are_on_a_terminal(monkeypatch, terminal):
+    model = Applies(lambda m, x: time.sleep(0.12) or x)
+    shown = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", shown)
+    fastdl.optimize(model, torch.randn(5, WIDTH))
+    expected = ["replay: ", "verify: 1 of 3", "the original"] if terminal else []
+    assert all(text in shown.getvalue() for text in expected)
+    assert bool(shown.getvalue()) == terminal
