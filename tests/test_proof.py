@@ -142,6 +142,35 @@ def test_of_several_the_first_called_and_in_backward_the_last():
     assert fastdl.verify(model, copy.deepcopy(model), x).first is None
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_modules_that_cannot_be_mixed_are_not_blamed():
+    model = nn.Sequential(
+        torch.jit.script(nn.Linear(WIDTH, WIDTH)), Block(), torch.compile(Block(), backend="eager")
+    )
+    x = torch.randn(X)
+    other = changed(model, put("1.norm2", "eps", 1e-3))
+    proof = fastdl.verify(model, other, x)
+    assert proof.first == "1.norm2" and "0.weight" in proof.gradients
+    other = changed(model, put("2._orig_mod.norm2", "eps", 1e-3))
+    assert fastdl.verify(model, other, x).first == "2._orig_mod.norm2"
+    other = changed(model, lambda m: m[0].weight.mul_(2))
+    assert fastdl.verify(model, other, x).first == ""
+
+
+def test_models_with_other_names_have_no_first():
+    class Other(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    model = Decoder(layers=1)
+    proof = fastdl.verify(model, Other(copy.deepcopy(model)), torch.randn(X))
+    assert not proof.ok and proof.first is None and "first" not in str(proof)
+
+
 # wrong rules
 
 

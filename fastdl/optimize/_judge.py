@@ -98,6 +98,9 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         raise RuntimeError(
             f"fastdl compares copies, and this {type(model).__name__} cannot be copied: {error}"
         ) from error
+    for parameter in twin.parameters():
+        if not parameter.is_leaf:  # a scripted module's copy has the original as its history
+            parameter.detach_().requires_grad_()
     twin.zero_grad(set_to_none=True)
     return twin
 

@@ -46,9 +46,14 @@ def first_difference(
     model and is true if it agrees with a.
     """
     a, b = (getattr(model, "_orig_mod", model) for model in (a, b))
-    known = dict(a.named_modules(remove_duplicate=False))
-    children = [key for key, _ in b.named_children()]
-    if children and not any(key in known for key in children):
+    # a scripted module cannot take what another one holds
+    known = {
+        name
+        for name, module in a.named_modules(remove_duplicate=False)
+        if not isinstance(module, torch.jit.ScriptModule)
+    }
+    children = {key for key, _ in b.named_children()}
+    if children and not children & known:
         return None
     order: dict[str, int] = {}
     if not compare(_noting_calls(original(a), order)):
@@ -66,10 +71,10 @@ def first_difference(
     name = ""
     while True:
         paths = (f"{name}.{key}".lstrip(".") for key, _ in b.get_submodule(name).named_children())
-        children = sorted((path for path in paths if path in known), key=rank, reverse=backwards)
-        if not children or probe(children) is None:
+        parts = sorted((path for path in paths if path in known), key=rank, reverse=backwards)
+        if not parts or probe(parts) is None:
             return name
-        name = children[culprit(children, probe, True)[0]]
+        name = parts[culprit(parts, probe, True)[0]]
 
 
 def _noting_calls(model: nn.Module, order: dict[str, int]) -> nn.Module:
@@ -83,7 +88,8 @@ def _noting_calls(model: nn.Module, order: dict[str, int]) -> nn.Module:
             order.setdefault(".".join(steps[:end]), len(order))
 
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(partial(called, name))
+        if not isinstance(module, torch.jit.ScriptModule):  # it takes no hook
+            module.register_forward_pre_hook(partial(called, name))
     return model
 
 

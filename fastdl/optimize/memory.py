@@ -47,10 +47,13 @@ def _sizes(
     own: Counter[torch.device] = Counter()
     gradients: Counter[torch.device] = Counter()
     for tensor in (*model.parameters(), *model.buffers()):
-        size = (WIDER.get(tensor.dtype, tensor.dtype) if wide else tensor.dtype).itemsize
-        own[tensor.device] += size * tensor.numel()
+        here = getattr(
+            tensor, "_local_tensor", tensor
+        )  # the part of a DTensor that is on this device
+        size = (WIDER.get(here.dtype, here.dtype) if wide else here.dtype).itemsize
+        own[here.device] += size * here.numel()
         if tensor.requires_grad:
-            gradients[tensor.device] += size * tensor.numel()
+            gradients[here.device] += size * here.numel()
     return own, gradients
 
 

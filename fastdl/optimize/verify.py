@@ -202,7 +202,8 @@ def verify(
             insist_on_copies(model_a, model_b)
         if not proof:
             backwards = all(c.ok for c in proof.outputs.values())
-            proof.first = first_difference(model_a, model_b, reference.compare, backwards)
+            with eager():  # each of many copies would be compiled anew
+                proof.first = first_difference(model_a, model_b, reference.compare, backwards)
     return proof
 
 
