@@ -322,3 +322,77 @@ def test_a_model_that_raises_by_itself_says_so(plant):
     with pytest.raises(ZeroDivisionError):
         fastdl.optimize(model, torch.randn(X))
     assert type(model.one) is nn.Linear
+
+
+# models of other libraries
+
+
+def llama(name="Llama", **options):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, **options,
+    )  # fmt: skip
+    return getattr(transformers, f"{name}ForCausalLM")(config), tokens()
+
+
+def gemma2():
+    return llama("Gemma2", head_dim=8, sliding_window=4)
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config), tokens()
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    return GPT2LMHeadModel(config), tokens()
+
+
+def unet():
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(32, 64), cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=8,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    return model, (torch.randn(1, 4, 8, 8), torch.tensor([7]), torch.randn(1, 5, 16))
+
+
+def tokens():
+    return {name: torch.randint(0, 64, (2, 7)) for name in ("input_ids", "labels")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "layer", "epsilon"),
+    [
+        (llama, "model.layers.1.post_attention_layernorm", "variance_epsilon"),
+        (gemma2, "model.layers.0.pre_feedforward_layernorm", "eps"),
+        (t5, "decoder.block.1.layer.1.layer_norm", "variance_epsilon"),
+        (gpt2, "transformer.h.1.ln_2", "eps"),
+        (unet, "down_blocks.1.resnets.0.norm2", "eps"),
+    ],
+)
+def test_models_of_other_libraries(make, layer, epsilon, dtype):
+    model, inputs = make()
+    model = model.to(dtype)
+    if isinstance(inputs, tuple):
+        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    proof = fastdl.verify(model, copy.deepcopy(model), inputs)
+    assert proof.ok and proof.judge_is_fp64, str(proof)
+    other = copy.deepcopy(model)
+    setattr(other.get_submodule(layer), epsilon, 1.0)
+    proof = fastdl.verify(model, other, inputs)
+    assert not proof.ok and proof.first == layer
