@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TextIO
 
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?\s?(x|%|us|ms|s|MB)?|nan|inf|-|")
@@ -150,6 +151,16 @@ class Progress:
         if self.on_terminal:
             self.file.write("\r\x1b[K")
             self.file.flush()
+
+
+def progress(what: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
+    """How far a call is that nobody asked to report: shown on a terminal, and nowhere else."""
+    shown = sys.stderr is not None and sys.stderr.isatty()
+    return Progress(what) if shown else nullcontext(silent)
+
+
+def silent(done: int, total: int, detail: str = "") -> None:
+    """Progress that nobody sees."""
 
 
 def duration(seconds: float) -> str:

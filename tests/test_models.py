@@ -226,8 +226,8 @@ MODELS = {
     "autoencoder of diffusion": (
         *of_diffusers(
             "AutoencoderKL",
-            images(2, 3, 16, 16),
-            block_out_channels=(16, 32),
+            images(1, 3, 8, 8),
+            block_out_channels=(8, 8),
             norm_num_groups=4,
             layers_per_block=1,
             down_block_types=("DownEncoderBlock2D",) * 2,

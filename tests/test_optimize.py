@@ -44,6 +44,16 @@ class Twice(nn.Module):
         return self.fc(self.fc(x)[1:])
 
 
+class Grows(nn.Module):
+    """Gives something else at each call, of whichever copy."""
+
+    calls = 0
+
+    def forward(self, x):
+        Grows.calls += 1
+        return x * 3.0**Grows.calls
+
+
 class Derived(nn.Linear):
     def forward(self, x):
         return super().forward(x).neg()
@@ -345,19 +355,28 @@ def test_a_group_that_fails_stays_apart(monkeypatch):
     assert type(model) is nn.Sequential
 
 
-def test_a_model_that_fails_as_a_whole_is_restored(monkeypatch):
+def test_a_fault_that_no_replay_sees_is_rolled_back(monkeypatch):
     forward = fastdl.nn.Linear.forward
 
     def wrong_for_five_rows(module, x):
         return forward(module, x) * (1.01 if len(x) == 5 else 1)
 
     monkeypatch.setattr(fastdl.nn.Linear, "forward", wrong_for_five_rows)
-    model = Twice()
-    with pytest.raises(VerificationError, match="restored") as error:
+    model = fastdl.optimize(nn.Sequential(nn.LayerNorm(8), Twice()), torch.randn(X))
+    report = fastdl.report(model)
+    (site,) = report.rolled_back
+    assert site.name == "1.fc" and "whole model" in site.reason and "output" in site.reason
+    assert site.after > 1e-3 > site.before > 0
+    assert type(model[1].fc) is nn.Linear and type(model[0]) is fastdl.nn.LayerNorm
+    assert report.proof.ok
+    assert type(fastdl.optimize(model, verify=False)[1].fc) is fastdl.nn.Linear
+
+
+def test_a_model_that_does_not_give_the_same_twice_is_an_error():
+    model = nn.Sequential(nn.Linear(8, 8), Grows())
+    with pytest.raises(VerificationError, match="same twice") as error:
         fastdl.optimize(model, torch.randn(X))
-    assert not error.value.proof.ok and type(model.fc) is nn.Linear
-    assert fastdl.optimize(model, torch.randn(X), verify=False) is model
-    assert type(model.fc) is fastdl.nn.Linear
+    assert not error.value.proof.ok and type(model[0]) is nn.Linear
 
 
 def test_dropout_keeps_what_it_should(monkeypatch):

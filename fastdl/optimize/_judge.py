@@ -1,4 +1,4 @@
-"""Runs of copies of a model that leave no trace, and the mode for the one that is the judge."""
+"""Runs of copies of a model that leave no trace."""
 
 import contextlib
 import copy
@@ -6,26 +6,15 @@ import dataclasses
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_map, tree_map_with_path
+from torch.utils._pytree import tree_map_with_path
 
-_WIDER = {
-    torch.float32: torch.float64,
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.complex64: torch.complex128,
-}
-
-_CASTS = {
-    Tensor.float: Tensor.double,
-    Tensor.half: Tensor.double,
-    Tensor.bfloat16: Tensor.double,
-}
+from ._modes import widened
+from .rules import swap_back
 
 
 class Run(NamedTuple):
@@ -35,76 +24,56 @@ class Run(NamedTuple):
     gradients: dict[str, Tensor | None]
 
 
-class Float64(TorchFunctionMode):
-    """Turns casts to narrower floats into casts to float64, and notes who gives one anyway."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.narrow: str | None = None
-
-    def __enter__(self) -> "Float64":
-        self._default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        torch.set_default_dtype(self._default)
-        super().__exit__(*error)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        func = _CASTS.get(func, func)
-        args, kwargs = tree_map(_widened_dtype, (args, kwargs or {}))
-        result = func(*args, **kwargs)
-        if self.narrow is None:
-            results = result if isinstance(result, (tuple, list)) else (result,)
-            if any(isinstance(r, Tensor) and r.dtype in _WIDER for r in results):
-                self.narrow = resolve_name(func) or getattr(func, "__name__", str(func))
-        return result
-
-
-def _widened_dtype(value: Any) -> Any:
-    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
-
-
-_DROPOUTS = {
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-    torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout,
-}  # fmt: skip
-
-
-class NoDropout(TorchFunctionMode):
-    """Calls torch's functional dropouts with p = 0."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            else:
-                kwargs = {**kwargs, "dropout_p": 0.0}
-        return func(*args, **kwargs)
-
-
 @contextlib.contextmanager
-def no_trace() -> Iterator[None]:
-    """Restores random number generators, and turns gradients on inside."""
+def no_trace(*models: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, or raises: random numbers, torch's modes, and the gradients and buffers
+    of the models are as before. Gradients are on inside, and those of the models gone.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    state = random.getstate()
-    try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
-            yield
-    finally:
-        random.setstate(state)
+    with contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        if "numpy" in sys.modules:
+            numpy = sys.modules["numpy"].random
+            stack.callback(numpy.set_state, numpy.get_state())
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        for device in ("cpu", "cuda"):
+            stack.callback(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device))
+            stack.callback(torch.set_autocast_dtype, device, torch.get_autocast_dtype(device))
+        # the cache would keep what was cast from copies until the caller's autocast ends
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for model in models:
+            _remember(model, stack)
+        yield
+
+
+def _remember(model: nn.Module, stack: contextlib.ExitStack) -> None:
+    """Take a model's gradients away until the stack ends; then they and its buffers come back."""
+    for parameter in model.parameters():
+        stack.callback(setattr, parameter, "grad", parameter.grad)
+        parameter.grad = None
+    for buffer in model.buffers():
+        if not buffer.is_meta:
+            stack.callback(_put_back, buffer, buffer.detach().clone())
+
+
+def _put_back(buffer: Tensor, kept: Tensor) -> None:
+    if not torch.equal(buffer, kept):  # an expanded one cannot be written
+        buffer.data.copy_(kept)
+
+
+def insist_on_copies(*models: nn.Module) -> None:
+    """Raise an error if a run of a copy has reached the model, whose gradients were gone."""
+    for model in models:
+        if any(parameter.grad is not None for parameter in model.parameters()):
+            raise RuntimeError(
+                "verify: a copy of the model was run, and the gradients came to the model itself: "
+                "something in it holds on to it, such as a forward that was replaced by a closure. "
+                "What a copy computes says nothing about such a model."
+            )
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:
@@ -116,6 +85,7 @@ def eager() -> contextlib.AbstractContextManager[Any]:
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy without gradients."""
+    _insist_on_values(model)
     memo = {} if memo is None else memo
     # what a hook has computed, such as a pruned weight, cannot be copied with its history
     for module in model.modules():
@@ -128,17 +98,28 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         raise RuntimeError(
             f"fastdl compares copies, and this {type(model).__name__} cannot be copied: {error}"
         ) from error
+    for parameter in twin.parameters():
+        if not parameter.is_leaf:  # a scripted module's copy has the original as its history
+            parameter.detach_().requires_grad_()
     twin.zero_grad(set_to_none=True)
     return twin
 
 
-def widen(model: nn.Module) -> None:
-    """Put a model into float64, with the tensors that are plain attributes of its modules."""
-    model.double()
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor) and value.dtype in _WIDER:
-                setattr(module, name, value.to(_WIDER[value.dtype]))
+def original(model: nn.Module) -> nn.Module:
+    """A copy on torch's own classes."""
+    twin = copied(model)
+    for module in twin.modules():
+        swap_back(module)
+    return twin
+
+
+def _insist_on_values(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"verify: {name} is on the meta device and has no values to compute with. Load or "
+                "initialise the model first; fastdl.plan(model) needs no values."
+            )
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -163,6 +144,8 @@ def run(
     leaves: dict[str, Tensor] = {}
     args, kwargs = fresh((args, kwargs), leaves, wide)
     random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
     torch.default_generator.manual_seed(0)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(0)
@@ -190,13 +173,16 @@ def fresh(inputs: Any, leaves: dict[str, Tensor] | None = None, wide: bool = Fal
     """A copy of (args, kwargs) for one run. With `leaves`, gradients of floats gather in them."""
     seen: dict[int, Tensor] = {}
 
+    def plain(tensor: Tensor) -> Tensor:
+        clone = tensor.detach().clone()
+        return widened(clone) if wide else clone
+
     def renew(path: Any, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return copy.deepcopy(value)
+            # such as a cache, whose tensors may have a history, with which they cannot be copied
+            return copy.deepcopy(value, {id(t): plain(t) for t in _held(value, set())})
         if id(value) not in seen:
-            leaf = value.detach().clone()
-            if wide and leaf.dtype in _WIDER:
-                leaf = leaf.to(_WIDER[leaf.dtype])
+            leaf = plain(value)
             if leaves is not None and (leaf.is_floating_point() or leaf.is_complex()):
                 leaves[f"input {_label(path)}"] = leaf.requires_grad_()
                 leaf = leaf.clone()  # a model may write into what it is given, but not into a leaf
@@ -204,6 +190,18 @@ def fresh(inputs: Any, leaves: dict[str, Tensor] | None = None, wide: bool = Fal
         return seen[id(value)]
 
     return tree_map_with_path(renew, inputs)
+
+
+def _held(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in an object, its attributes, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen and not isinstance(value, (type, ModuleType)):
+        seen.add(id(value))
+        inside: Any = value if isinstance(value, (tuple, list)) else ()
+        inside = value.values() if isinstance(value, Mapping) else inside
+        for item in (*inside, *getattr(value, "__dict__", {}).values()):
+            yield from _held(item, seen)
 
 
 def _label(path: Any) -> str:

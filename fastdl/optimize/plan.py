@@ -1,7 +1,7 @@
 """Put fastdl's modules into a model, with a plan before and a report after, and take them out."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .._table import progress
+from ._judge import copied, insist_on_copies, no_trace
+from ._locate import culprit
 from .foreign import forget
+from .memory import insist_on_room
 from .replay import replay
 from .report import Plan, Report, Site
 from .rules import Finding, examine, is_ours, is_sequential, swap, swap_back
 from .sequential import Sequential, group_length, is_plain
-from .verify import Proof, arguments, verify
+from .verify import Fault, Proof, Reference, arguments
 
 Selector = Sequence[str | type]
 
@@ -23,10 +27,14 @@ ALREADY = "it is fastdl's already"
 
 
 class VerificationError(RuntimeError):
-    """The optimized model differs from the original, and was restored. `proof` says where."""
+    """A model could not be proved whatever was rolled back. `proof` says where it differs."""
 
     def __init__(self, proof: Proof) -> None:
-        super().__init__(f"the optimized model differs from the original; it is restored.\n{proof}")
+        super().__init__(
+            "the model is restored: even with nothing replaced it differs from the original. "
+            "Either it does not give the same twice, for example because it draws random numbers "
+            f"of its own, or what was replaced earlier is wrong.\n{proof}"
+        )
         self.proof = proof
 
 
@@ -43,6 +51,10 @@ class _Match:
     @property
     def is_new(self) -> bool:
         return self.site.reason is None
+
+    def roll_back(self, reason: str, fault: Fault) -> None:
+        self.site = self.site._replace(reason=reason, before=fault.before, after=fault.after)
+        self.rolled_back = True
 
 
 class _Entry(NamedTuple):
@@ -83,8 +95,9 @@ def optimize(
 
     With `example_inputs` (a tensor, a tuple of arguments or a dict of keywords) each site is first
     run in both forms on what it is called with, and left as it was if its errors are too large.
-    Then the whole model is verified; if it fails it is restored, and VerificationError is raised.
-    `verify=False` leaves all this out.
+    Then the whole model is verified. If it fails, the sites that make it fail are found by
+    bisection and left as they were; if it fails with nothing replaced, nothing changes and
+    VerificationError is raised. `verify=False` leaves all this out.
 
     `include` and `exclude` hold patterns of qualified names, as in fnmatch, and module types; each
     stands for a module and all that is in it. `strict=True` raises a ValueError if a module of a
@@ -95,12 +108,16 @@ def optimize(
     if verify and example_inputs is None:
         raise ValueError("optimize: verify=True needs example_inputs")
     matches = _survey(model, include, exclude)
+    proof = None
     if verify:
+        insist_on_room(model, model)
         _replay(model, matches, example_inputs)
+        proof = _prove(model, [match for match in matches if match.is_new], example_inputs)
     if strict:
         _insist(matches)
-    changed = [module for match in matches if match.is_new for module in _apply(match)]
-    proof = _prove(model, changed, example_inputs) if verify else None
+    for match in matches:
+        if match.is_new:
+            _apply(match)
     _reports[model] = _report_of(matches, proof)
     return model
 
@@ -219,15 +236,15 @@ def _single(entry: _Entry) -> _Match:
     return _Match(site, [entry.module], [finding.target] if finding.target else [])
 
 
-def _apply(match: _Match) -> Iterator[nn.Module]:
-    """Swap the classes of a site. Yields what was changed."""
+def _apply(match: _Match, copies: Mapping[int, nn.Module] | None = None) -> None:
+    """Swap the classes of a site, or of the copies of its modules, by their ids."""
     pairs = list(zip(match.modules, match.targets, strict=True))
     if match.parent is not None:
         pairs.append((match.parent, Sequential))
     for module, target in pairs:
+        module = module if copies is None else copies[id(module)]
         if not is_ours(module):
             swap(module, target)
-            yield module
 
 
 def _replay(model: nn.Module, matches: list[_Match], example_inputs: Any) -> None:
@@ -256,18 +273,31 @@ def _insist(matches: list[_Match]) -> None:
         raise ValueError("optimize: cannot replace\n  " + "\n  ".join(lines))
 
 
-def _prove(model: nn.Module, changed: list[nn.Module], example_inputs: Any) -> Proof:
-    """Verify the model against its original. If it fails, or cannot run, nothing changes."""
-    proof = None
-    try:
-        proof = verify(model, model, example_inputs)
-    finally:
-        if not proof:
-            for module in changed:
-                swap_back(module)
-    if not proof:
-        raise VerificationError(proof)
-    return proof
+def _prove(model: nn.Module, matches: Sequence[_Match], example_inputs: Any) -> Proof:
+    """Verify a copy of the model in which the sites are replaced, and roll back those with which it
+    fails, one by one.
+    """
+    with no_trace(model), progress("verify") as tell:
+        reference = Reference(model, *arguments(example_inputs), tell=tell)
+
+        def attempt(chosen: Sequence[_Match]) -> Proof:
+            memo: dict[int, Any] = {}
+            twin = copied(model, memo)
+            for match in chosen:
+                _apply(match, memo)
+            try:
+                return reference.compare(twin)
+            except Exception as error:  # whatever a kernel does, its site can be told
+                return Proof.of_failure(error)
+
+        kept, good = list(matches), 0
+        while (fault := (proof := attempt(kept)).fault()) is not None:
+            if good == 0 and not (unchanged := attempt(())):
+                raise VerificationError(unchanged)
+            good, found = culprit(kept, lambda some: attempt(some).fault(), fault, good)
+            kept.pop(good).roll_back(f"with it the whole model fails: {found.reason}", found)
+        insist_on_copies(model)
+        return proof
 
 
 def _report_of(matches: list[_Match], proof: Proof | None) -> Report:

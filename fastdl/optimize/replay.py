@@ -7,11 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._table import progress
 from ..ops._route import explain
 from ._judge import copied, eager, fresh, no_trace, signs, without_dropout
 from .rules import swap
 from .sequential import Sequential
-from .verify import Proof, prove
+from .verify import Reference, raised
+
+# The rate of dropout is measured on so many elements, or on so many more runs.
+ENOUGH, DRAWS = 30_000, 8
 
 
 class Outcome(NamedTuple):
@@ -33,12 +37,17 @@ def replay(
     """Run a copy of the original model and judge each site that it calls, by the site's index."""
     memo: dict[int, Any] = {}
     outcomes: dict[int, Outcome] = {}
-    with no_trace(), eager():
+    with no_trace(model), eager(), progress("replay") as tell:
         twin = copied(model, memo)
+
+        def note(index: int, outcome: Outcome) -> None:
+            outcomes[index] = outcome
+            tell(len(outcomes), len(sites), "sites")
+
         for index, (modules, classes) in enumerate(zip(sites, targets, strict=True)):
             # the memo of deepcopy leads from a module to its copy
             twins = [memo[id(module)] for module in modules]
-            _judge_once(twins, classes, partial(outcomes.__setitem__, index))
+            _judge_once(twins, classes, partial(note, index))
         args, kwargs = fresh((args, kwargs))
         twin(*args, **kwargs)
     return outcomes
@@ -64,11 +73,12 @@ def _judged(
         swap(module, target)
     try:
         with no_trace():
-            proof = prove(before, after, args, kwargs)
-            fault = _first_fault(proof) or _dropout_fault(before, after, args, kwargs)
+            proof = Reference(before, args, kwargs).compare(copied(after))
+            found = proof.fault()
+            fault = found.reason if found else _dropout_fault(before, after, args, kwargs)
             route = _route(after, args, kwargs)
     except Exception as error:  # whatever a kernel does, the model must go on
-        return Outcome(fault=f"it raised {type(error).__name__}: {error}")
+        return Outcome(fault=raised(error))
     return Outcome(route, *proof.worst(), fault)
 
 
@@ -85,13 +95,6 @@ def _alone(modules: list[nn.Module]) -> nn.Module:
 
 def _members(unit: nn.Module) -> list[nn.Module]:
     return list(unit) if isinstance(unit, Sequential) else [unit]
-
-
-def _first_fault(proof: Proof) -> str | None:
-    for name, comparison in proof.comparisons.items():
-        if not comparison.ok:
-            return f"{name}: {comparison.reason}"
-    return None
 
 
 def _route(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -119,10 +122,14 @@ def _dropout_fault(
     full, dropped = before(x.clone()), after(x_kept.clone())
     visible = full.detach() != 0
     kept = visible & (dropped.detach() != 0)
-    n = int(visible.sum())
+    n, n_kept = int(visible.sum()), int(kept.sum())
+    with torch.no_grad():
+        for _ in range(min(DRAWS, ENOUGH // max(n, 1))):  # of few elements any number may be kept
+            n += int(visible.sum())
+            n_kept += int((visible & (after(x.clone()) != 0)).sum())
     spread = (n * rate * (1 - rate)) ** 0.5
-    if abs(int(kept.sum()) - n * (1 - rate)) > 6 * spread + 1:
-        return f"dropout keeps {int(kept.sum())} of {n} elements at a rate of {rate}"
+    if abs(n_kept - n * (1 - rate)) > 6 * spread + 1:
+        return f"dropout keeps {n_kept} of {n} elements at a rate of {rate}"
     dy = signs(full, 0)
     full.backward(torch.where(kept, dy / (1 - rate), 0.0).to(dy.dtype))
     dropped.backward(dy)

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._table import lines as table
+from .._table import lines as table, progress, silent
 from ..ops._route import policy
-from ._judge import Float64, NoDropout, Run, copied, eager, no_trace, run, widen, without_dropout
-from .rules import swap_back
+from ._judge import Run, copied, eager, insist_on_copies, no_trace, original, run, without_dropout
+from ._locate import first_difference
+from ._modes import Float64, Steady, widen
+from .memory import insist_on_room
 
 RULE = (
     "an error may be 2x the original's for outputs, 3x for gradients, plus 1e-5 of the tensor's "
@@ -27,6 +29,9 @@ GRADIENT_FLOOR = 1e-3
 
 # The error of so few elements may be small by luck: the original's counts as its usual one.
 FEW = 32
+
+# Where the original itself is off by this part of a tensor's largest value, little can be said.
+WEAK = 0.1
 
 SHOWN = 5
 
@@ -45,8 +50,22 @@ class Comparison(NamedTuple):
         return self.reason is None
 
 
+class Fault(NamedTuple):
+    """What is wrong, and the errors before and after relative to the tensor's scale."""
+
+    reason: str
+    before: float
+    after: float
+
+
 class Proof:
-    """What `verify` found. True in a condition if the models agree."""
+    """What `verify` found. True in a condition if the models agree.
+
+    If they do not, `first` is the name of the first module that makes them differ, or of the last
+    where only gradients do; "" is the model itself, and None if no module could be told.
+    """
+
+    first: str | None = None
 
     def __init__(
         self,
@@ -55,6 +74,11 @@ class Proof:
         narrow: str | None = None,
     ) -> None:
         self.outputs, self.gradients, self._narrow = outputs, gradients, narrow
+
+    @classmethod
+    def of_failure(cls, error: Exception) -> "Proof":
+        """The proof of a model that raised."""
+        return cls({"output": Comparison(0.0, 0.0, 0.0, 1.0, raised(error))}, {})
 
     @property
     def ok(self) -> bool:
@@ -67,6 +91,18 @@ class Proof:
     @property
     def comparisons(self) -> dict[str, Comparison]:
         return self.outputs | {f"gradient of {name}": c for name, c in self.gradients.items()}
+
+    def fault(self) -> Fault | None:
+        """The first tensor that differs."""
+        for name, c in self.comparisons.items():
+            if c.reason is not None:
+                return Fault(f"{name}: {c.reason}", c.before / c.scale, c.after / c.scale)
+        return None
+
+    @property
+    def weak(self) -> list[str]:
+        """Tensors in which the original is so far from the judge that faults can hide."""
+        return [name for name, c in self.comparisons.items() if c.before > WEAK * c.scale]
 
     def worst(self) -> tuple[float, float]:
         """Errors before and after where the latter is largest, relative to the tensor's scale."""
@@ -82,6 +118,13 @@ class Proof:
         verdict = f"{len(failed)} of {len(everything)} differ" if failed else "the models agree"
         counted = f"{len(self.outputs)} outputs and buffers, {len(self.gradients)} gradients"
         lines = [f"{verdict}: {counted}", f"rule: {RULE}", self._judge_line()]
+        if self.weak:
+            lines.append(
+                f"weak: the original is off by over {WEAK:.0%} of the largest value in "
+                f"{len(self.weak)} tensors, such as {self.weak[0]}: there faults can hide"
+            )
+        if self.first is not None:
+            lines.append(f"first to differ: {self.first or '(the model itself)'}")
         closest = sorted(everything.items(), key=lambda item: -item[1].after / _positive(item[1]))
         shown = failed or dict(closest[:SHOWN])
         rows = [
@@ -109,9 +152,15 @@ class Proof:
             "ok": self.ok,
             "rule": RULE,
             "judge_is_fp64": self.judge_is_fp64,
+            "weak": self.weak,
+            "first": self.first,
             "outputs": rows(self.outputs),
             "gradients": rows(self.gradients),
         }
+
+
+def raised(error: Exception) -> str:
+    return f"it raised {type(error).__name__}: {error}"
 
 
 def _positive(comparison: Comparison) -> float:
@@ -139,10 +188,23 @@ def verify(
     `inputs` is a tensor, a tuple of arguments or a dict of keywords. Backward starts at
     `loss(output)`, or else at the sum of all outputs with fixed random signs. Models in train mode
     are compared with every dropout at 0. All runs are on copies: neither model, its gradients and
-    buffers nor the random state is changed.
+    buffers nor the random state is changed. Copies that cannot fit are a MemoryError.
+
+    If the models differ, parts of `model_b` are tried in copies of `model_a`, and `proof.first`
+    names the first module that makes them differ (the last, where only gradients do).
     """
+    insist_on_room(model_a, model_b)
     args, kwargs = arguments(inputs)
-    return prove(model_a, model_b, args, kwargs, loss)
+    with no_trace(model_a, model_b), progress("verify") as tell:
+        reference = Reference(model_a, args, kwargs, loss, tell)
+        proof = reference.compare(copied(model_b))
+        if loss is None:
+            insist_on_copies(model_a, model_b)
+        if not proof:
+            backwards = all(c.ok for c in proof.outputs.values())
+            with eager():  # each of many copies would be compiled anew
+                proof.first = first_difference(model_a, model_b, reference.compare, backwards)
+    return proof
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -152,45 +214,38 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
-def prove(
-    model_a: nn.Module,
-    model_b: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    loss: Callable[[Any], Tensor] | None = None,
-) -> Proof:
-    """`verify` with the arguments of a call."""
-    with no_trace():
-        twin, judge = _reference(model_a), Float64()
-        widen(twin)
+class Reference:
+    """What a model and its judge gave, which ran once, for comparison with other models."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        loss: Callable[[Any], Tensor] | None = None,
+        tell: Callable[[int, int, str], None] = silent,
+    ) -> None:
+        self._call, self._tell, self._done = (args, kwargs, loss), tell, 0
+        judge = Float64()
+        # each copy is an argument and nothing else, and goes before the next one is made
         with policy("definition"), eager():
-            judged = _run(twin, args, kwargs, loss, judge)
-            reference = _run(_reference(model_a), args, kwargs, loss)
-        result = _run(copied(model_b), args, kwargs, loss)
-    return _compare_runs(reference, result, judged, judge.narrow)
+            self._judged = self._run(widen(original(model)), "the judge", judge)
+            self._original = self._run(original(model), "the original")
+        self._narrow = judge.narrow
 
+    def compare(self, twin: nn.Module) -> Proof:
+        """Run a copy of the other model, which is used up, and compare."""
+        result = self._run(twin, "the other model")
+        return _compare_runs(self._original, result, self._judged, self._narrow)
 
-def _reference(model: nn.Module) -> nn.Module:
-    """A copy on torch's own classes."""
-    twin = copied(model)
-    for module in twin.modules():
-        swap_back(module)
-    return twin
-
-
-def _run(
-    twin: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    loss: Callable[[Any], Tensor] | None,
-    judge: Float64 | None = None,
-) -> Run:
-    mode = judge or contextlib.nullcontext()
-    if not any(module.training for module in twin.modules()):
-        return run(twin, args, kwargs, loss, mode, wide=judge is not None)
-    without_dropout(twin)
-    with NoDropout():
-        return run(twin, args, kwargs, loss, mode, wide=judge is not None)
+    def _run(self, twin: nn.Module, what: str, judge: Float64 | None = None) -> Run:
+        self._tell(self._done, max(3, self._done + 1), what)
+        self._done += 1
+        if any(module.training for module in twin.modules()):
+            without_dropout(twin)
+        with Steady():
+            mode = judge or contextlib.nullcontext()
+            return run(twin, *self._call, mode, wide=judge is not None)
 
 
 def _compare_runs(a: Run, b: Run, judge: Run, narrow: str | None) -> Proof:
