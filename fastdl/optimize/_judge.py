@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_with_path
 
 from ._modes import widened
-from .rules import swap_back
 
 
 class Run(NamedTuple):
@@ -102,14 +101,6 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         if not parameter.is_leaf:  # a scripted module's copy has the original as its history
             parameter.detach_().requires_grad_()
     twin.zero_grad(set_to_none=True)
-    return twin
-
-
-def original(model: nn.Module) -> nn.Module:
-    """A copy on torch's own classes."""
-    twin = copied(model)
-    for module in twin.modules():
-        swap_back(module)
     return twin
 
 

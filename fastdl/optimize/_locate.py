@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._judge import copied, original
+from ._judge import copied
+from .rules import original
 
 Part = TypeVar("Part")
 Fault = TypeVar("Fault")

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from .. import functional, nn as fused
 from ..nn.rnn import let_dynamo_enter
 from ..ops._route import FUSED_DTYPES, PLAIN
+from ._judge import copied
 from .foreign import form_of, original_class, recognise, with_form
 from .sequential import Sequential
 
@@ -187,6 +188,14 @@ def swap_back(module: nn.Module) -> None:
     )
     if original is not None:
         module.__class__ = original
+
+
+def original(model: nn.Module) -> nn.Module:
+    """A copy on torch's own classes."""
+    twin = copied(model)
+    for module in twin.modules():
+        swap_back(module)
+    return twin
 
 
 def is_ours(module: nn.Module) -> bool:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from .._table import lines as table, progress, silent
 from ..ops._route import policy
-from ._judge import Run, copied, eager, insist_on_copies, no_trace, original, run, without_dropout
+from ._judge import Run, copied, eager, insist_on_copies, no_trace, run, without_dropout
 from ._locate import first_difference
 from ._modes import Float64, Steady, widen
 from .memory import insist_on_room
+from .rules import original
 
 RULE = (
     "an error may be 2x the original's for outputs, 3x for gradients, plus 1e-5 of the tensor's "

@@ -3,4 +3,4 @@ may be is told from its children, attributes and shapes, and a probe decides.
 """
 
 from .form import form_of as form_of, original_class as original_class
-from .recognise import forget as forget, recognise as recognise, with_form as with_form
+from .recognition import forget as forget, recognise as recognise, with_form as with_form

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ...ops._route import policy
-from .._judge import Float64, eager, no_trace, tensors_in
+from .._judge import eager, no_trace, tensors_in
+from .._modes import Float64
 from .form import Form
 
 # Small inputs show eps, large ones what is clamped.
