@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ._judge import copied
+from ._speed import measure
+from ._tree import tree_of
 from .replay import replay
 from .report import Plan, Report, Site
 from .rules import Finding, examine, is_ours, is_sequential, swap, swap_back
@@ -63,7 +66,7 @@ def plan(model: nn.Module, example_inputs: Any = None) -> Plan:
     matches = _survey(model)
     if example_inputs is not None:
         _replay(model, matches, example_inputs)
-    return Plan([match.site for match in matches])
+    return Plan([match.site for match in matches], tree_of(model))
 
 
 def optimize(
@@ -100,7 +103,7 @@ def optimize(
         _insist(matches)
     changed = [module for match in matches if match.is_new for module in _apply(match)]
     proof = _prove(model, changed, example_inputs) if verify else None
-    _reports[model] = _report_of(matches, proof)
+    _reports[model] = _report_of(model, matches, proof)
     return model
 
 
@@ -112,10 +115,16 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def report(model: nn.Module) -> Report:
-    """What `optimize` did to a model. For a copy of it, what the classes of its modules tell."""
+def report(model: nn.Module, example_inputs: Any = None) -> Report:
+    """What `optimize` did to a model. For a copy of it, what the classes of its modules tell.
+
+    With `example_inputs`, on a GPU, time and memory of the original and of the model are measured.
+    """
     known = _reports.get(model)
-    return known if known is not None else _report_of(_survey(model), None)
+    found = known if known is not None else _report_of(model, _survey(model), None)
+    if example_inputs is not None:
+        found.speed = measure(restore(copied(model)), copied(model), *arguments(example_inputs))
+    return found
 
 
 # What optimize did, for as long as the model lives.
@@ -238,8 +247,8 @@ def _replay(model: nn.Module, matches: list[_Match], example_inputs: Any) -> Non
         if index not in outcomes:
             match.site = match.site._replace(route="not called with these inputs")
             continue
-        route, before, after, fault = outcomes[index]
-        match.site = match.site._replace(route=route, before=before, after=after, reason=fault)
+        route, before, after, allowed, fault = outcomes[index]
+        match.site = Site(*match.site[:3], fault, route, before, after, allowed)
         match.rolled_back = fault is not None
 
 
@@ -268,8 +277,8 @@ def _prove(model: nn.Module, changed: list[nn.Module], example_inputs: Any) -> P
     return proof
 
 
-def _report_of(matches: list[_Match], proof: Proof | None) -> Report:
-    result = Report(proof=proof)
+def _report_of(model: nn.Module, matches: list[_Match], proof: Proof | None) -> Report:
+    result = Report(tree_of(model), proof=proof)
     for match in matches:
         site, first = match.site, match.modules[0]
         if match.rolled_back:

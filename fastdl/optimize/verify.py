@@ -44,6 +44,11 @@ class Comparison(NamedTuple):
     def ok(self) -> bool:
         return self.reason is None
 
+    @property
+    def relative(self) -> tuple[float, float, float]:
+        """Before, after and allowed as parts of the tensor's scale."""
+        return self.before / self.scale, self.after / self.scale, self.allowed / self.scale
+
 
 class Proof:
     """What `verify` found. True in a condition if the models agree."""
@@ -68,10 +73,9 @@ class Proof:
     def comparisons(self) -> dict[str, Comparison]:
         return self.outputs | {f"gradient of {name}": c for name, c in self.gradients.items()}
 
-    def worst(self) -> tuple[float, float]:
-        """Errors before and after where the latter is largest, relative to the tensor's scale."""
-        relative = [(c.before / c.scale, c.after / c.scale) for c in self.comparisons.values()]
-        return max(relative, key=lambda errors: errors[1])
+    def worst(self) -> tuple[float, float, float]:
+        """Errors before, after and allowed where `after` is largest, of the tensor's scale."""
+        return max((c.relative for c in self.comparisons.values()), key=lambda errors: errors[1])
 
     def __bool__(self) -> bool:
         return self.ok
