@@ -86,7 +86,7 @@ def measure(
     kwargs: dict[str, Any],
     gpu: Gpu | None = None,
 ) -> Speed:
-    """Measure two models in turn, before and after in each round. They are the measurement's own."""
+    """Measure two models in turn, before and after in each round; they are not kept."""
     if gpu is None:
         reason = _why_not(after)
         if reason:
@@ -132,5 +132,5 @@ def _measured(gpu: Gpu, before: Call, after: Call) -> Pass:
         before()
         after()
     rounds = [(gpu.seconds(before), gpu.seconds(after)) for _ in range(ROUNDS)]
-    times = [1e3 * statistics.median(times) for times in zip(*rounds, strict=True)]
-    return Pass(*times, gpu.peak_bytes(before), gpu.peak_bytes(after))
+    ms_before, ms_after = (1e3 * statistics.median(of_one) for of_one in zip(*rounds, strict=True))
+    return Pass(ms_before, ms_after, gpu.peak_bytes(before), gpu.peak_bytes(after))

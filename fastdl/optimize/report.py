@@ -119,13 +119,13 @@ def alike(sites: Iterable[Site]) -> dict[Site, list[Site]]:
     """Sites that differ in numbers only, such as one layer of many, under one with the name of
     all: layers.*.norm. It has the largest of their errors.
     """
-    found: dict[tuple[str | None, ...], list[Site]] = {}
+    found: dict[Site, list[Site]] = {}
     for site in sites:
         name = re.sub(r"\d+", "*", site.name)
-        found.setdefault((name, *site[1:5]), []).append(site)
+        found.setdefault(Site(name, *site[1:5]), []).append(site)
     return {
-        worst(same)._replace(name=name if len(same) > 1 else same[0].name): same
-        for (name, *_), same in found.items()
+        worst(same)._replace(name=key.name if len(same) > 1 else same[0].name): same
+        for key, same in found.items()
     }
 
 
