@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from ._tree import Node
 from .report import Site, worst
+from .tree import Node
 
 
 class Line(NamedTuple):
@@ -16,7 +16,7 @@ class Line(NamedTuple):
     last: Node
     # how many it stands for here; a folded layer above it stands for more
     times: int
-    # the full name; what differs in the folded ones is a #
+    # the full name; what differs in the folded ones is a *
     path: str
     # the group of each site, and the one of those that are alike with the largest error
     sites: list[tuple[str, Site]]
@@ -73,7 +73,7 @@ class _Folder:
         first = nodes[0]
         lines = []
         for run in self._runs(first):
-            key = "#" if len(run) > 1 else first.children[run[0]].key
+            key = "*" if len(run) > 1 else first.children[run[0]].key
             members = [node.children[index] for node in nodes for index in run]
             lines.append(self.line(members, f"{path}.{key}" if path else key, len(run)))
         found = zip(*(self.sites.get(node.name, ()) for node in nodes), strict=True)

@@ -7,10 +7,10 @@ from itertools import takewhile
 
 from .._env import env
 from ._folded import Line, folded
-from ._speed import Speed
 from ._style import CSS, JS
-from ._tree import Node
 from .report import Site, Story, alike
+from .speed import Speed
+from .tree import Node
 from .verify import Proof
 
 # What becomes of a site, as the page's style calls it; of several in a line, the last counts.

@@ -36,8 +36,9 @@ CSS = """
   border:1px solid var(--line); border-radius:6px; padding:.3rem .6rem }
 .fastdl .bar input { flex:1 1 16rem }
 .fastdl .tree { container-type:inline-size }
-.fastdl .row { display:grid; grid-template:"name op errors count" / minmax(0,1fr) minmax(0,19rem) 16rem 4rem;
-  gap:0 .8rem; align-items:baseline; padding:.2rem .75rem; line-height:1.55;
+.fastdl .row {
+  grid-template:"name op errors count" / minmax(0,1fr) minmax(0,19rem) 16rem 4rem;
+  display:grid; gap:0 .8rem; align-items:baseline; padding:.2rem .75rem; line-height:1.55;
   border-left:3px solid var(--is,transparent); list-style:none }
 .fastdl .head { color:var(--dim); font-weight:600; border-bottom:1px solid var(--line) }
 .fastdl .op { grid-area:op } .fastdl .count { grid-area:count }
@@ -63,21 +64,20 @@ CSS = """
 .fastdl .tall { max-height:32rem; overflow-y:auto }
 .fastdl [hidden] { display:none !important }
 @media (max-width:50rem) { .fastdl main { padding:.8rem } }
-@container (max-width:52rem) {
-  .fastdl .row { grid-template:"name count" "op op" "errors errors" / minmax(0,1fr) auto }
-  .fastdl .row>.op,.fastdl .row>.errors { padding-left:1.1em; max-width:26rem }
-  .fastdl .head>.op,.fastdl .head>.errors { display:none } }
+@container (max-width:62rem) {
+  .fastdl .row { grid-template:"name name count" "op errors errors" / minmax(0,1fr) 11rem 3.5rem }
+  .fastdl .row>.op { padding-left:1.1em } .fastdl .errors { grid-template-columns:8.2rem 6rem } }
 @media print { .fastdl .bar { display:none } }
 """
 
-# A digit in what is typed also finds the line that stands for many alike, whose path has a #.
+# A digit in what is typed also finds the line that stands for many alike, whose path has a *.
 JS = """
 const root = document.querySelector('.fastdl'), box = root.querySelector('input');
 const rows = [...root.querySelectorAll('.row')], folds = [...root.querySelectorAll('details')];
 const cards = [...root.querySelectorAll('button.card')];
 const opened = new Map(folds.map(fold => [fold, fold.open]));
 const literal = text =>
-  text.replace(/[.*+?^${}()|[\\]\\\\]/g, '\\\\$&').replace(/\\d+/g, '(?:$&|#)');
+  text.replace(/[.*+?^${}()|[\\]\\\\]/g, '\\\\$&').replace(/\\d+/g, '(?:$&|\\\\*)');
 function filter() {
   const only = cards.find(card => card.getAttribute('aria-pressed') === 'true')?.dataset.is;
   const wanted = new RegExp(literal(box.value.trim()), 'i'), active = only || box.value.trim();

@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ._judge import copied
-from ._speed import measure
-from ._tree import tree_of
 from .replay import replay
 from .report import Plan, Report, Site
 from .rules import Finding, examine, is_ours, is_sequential, swap, swap_back
 from .sequential import Sequential, group_length, is_plain
+from .speed import measure
+from .tree import tree_of
 from .verify import Proof, arguments, verify
 
 Selector = Sequence[str | type]

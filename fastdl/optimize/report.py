@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .._table import lines as table
-from ._speed import Speed
-from ._tree import Tree
+from .speed import Speed
+from .tree import Tree
 from .verify import Proof
+
+HEAD = ("name", "pattern", "op", "route", "before", "after", "reason")
 
 
 class Site(NamedTuple):
@@ -40,6 +42,9 @@ class Story:
     @property
     def groups(self) -> dict[str, list[Site]]:
         """The sites by what becomes of them."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
         raise NotImplementedError
 
     def to_html(self) -> str:
@@ -116,17 +121,20 @@ class Report(Story):
 
 
 def alike(sites: Iterable[Site]) -> dict[Site, list[Site]]:
-    """Sites that differ in numbers only, such as one layer of many, under one with the name of
-    all: layers.*.norm. It has the largest of their errors.
+    """Sites that differ in numbers only, such as those of many layers, under one with the name of
+    all, layers.*.norm, and with the largest of their errors.
     """
     found: dict[Site, list[Site]] = {}
     for site in sites:
-        name = re.sub(r"\d+", "*", site.name)
+        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", site.name)
         found.setdefault(Site(name, *site[1:5]), []).append(site)
-    return {
-        worst(same)._replace(name=key.name if len(same) > 1 else same[0].name): same
-        for key, same in found.items()
-    }
+    return {worst(same)._replace(name=_name_of_all(same)): same for same in found.values()}
+
+
+def _name_of_all(sites: Sequence[Site]) -> str:
+    """Their name, with a * for what differs."""
+    parts = zip(*(site.name.split(".") for site in sites), strict=True)
+    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
 
 
 def worst(sites: Sequence[Site]) -> Site:
@@ -143,11 +151,14 @@ def _section(title: str, sites: Sequence[Site]) -> list[str]:
     heading = f"{title}: {len(sites)}"
     if not sites:
         return [heading]
+    return [heading, *(f"  {line}" for line in table(*columns(sites)))]
+
+
+def columns(sites: Iterable[Site]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of sites, with those columns that say anything."""
     rows = [_cells(site) for site in sites]
-    used = [i for i in range(len(rows[0])) if any(row[i] for row in rows)]
-    head = ("name", "pattern", "op", "route", "before", "after", "reason")
-    lines = table([head[i] for i in used], [[row[i] for i in used] for row in rows])
-    return [heading, *(f"  {line}" for line in lines)]
+    used = [i for i in range(len(HEAD)) if any(row[i] for row in rows)]
+    return [HEAD[i] for i in used], [[row[i] for i in used] for row in rows]
 
 
 def _cells(site: Site) -> tuple[str, ...]:
