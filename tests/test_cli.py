@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -274,6 +275,19 @@ def test_plan_as_a_page(models, capsys):
     assert main(["plan", "some_models:layers", "--html", "page.html"]) == 0
     page = (models / "page.html").read_text(encoding="utf-8")
     assert "plan by fastdl" in page and "12 alike" in page
+
+
+def test_the_readme_shows_what_plan_prints(models, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code, typed = re.search(
+        r"```python\n# models.py\n(.*?)```\n\n```\n\$ (.*?)```", readme, re.S
+    ).groups()
+    (models / "some_models.py").write_text(code)
+    command, _, printed = typed.replace(" models:", " some_models:").partition("\n")
+    assert command.startswith("fastdl plan")
+    assert main(command.split()[1:]) == 0
+    said = capsys.readouterr()
+    assert said.out + said.err == printed
 
 
 def test_check_as_json(capsys, device):

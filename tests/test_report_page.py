@@ -83,7 +83,7 @@ def lines(story):
 def test_repeated_layers_are_one_line():
     found = lines(fastdl.plan(layers(3)))
     assert list(found) == [
-        "(the model)", "*", "*.norm", "*.act", "*.mlp", "*.mlp.0", "*.mlp.1", "*.mlp.2", "",
+        "(the model)", "*", "*.norm", "*.act", "*.mlp", "*.mlp.0", "*.mlp.1", "*.mlp.2",
     ]  # fmt: skip
     assert "0 … 2" in found["*"] and "3 alike" in found["*"]
     assert "9 to replace" in found["(the model)"] and "3 left alone" in found["(the model)"]
@@ -339,6 +339,22 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "the model is on cpu" in str(fastdl.report(model, torch.randn(2, 8)))
+
+
+def test_measuring_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr("fastdl.optimize.speed._why_not", lambda model: "")
+    monkeypatch.setattr("fastdl.optimize.speed.Gpu", lambda: Clock(1, 1))
+    model = fastdl.optimize(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()))
+    kept, classes = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    forms = []
+    handle = model[0].register_forward_hook(lambda layer, *_: forms.append(type(layer)))
+    with fastdl.policy("definition"):
+        speed = fastdl.report(model, torch.randn(4, 8)).speed
+    handle.remove()
+    assert len(speed.passes) == 2 and set(forms) == {nn.Linear, fastdl.nn.Linear}
+    torch.testing.assert_close(model.state_dict(), kept, rtol=0, atol=0)
+    assert [type(module) for module in model.modules()] == classes
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.gpu

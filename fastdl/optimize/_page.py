@@ -8,7 +8,7 @@ from itertools import takewhile
 from .._env import env
 from ._folded import Line, folded
 from ._style import CSS, JS
-from .report import Site, Story, alike
+from .report import Plan, Site, Story, alike
 from .speed import Speed
 from .tree import Node
 from .verify import Proof
@@ -54,13 +54,6 @@ def compact(story: Story) -> str:
     return f'<style>{CSS}</style><div class="fastdl"><main>{"".join(parts)}</main></div>'
 
 
-ERRORS = "torch's error → fastdl's"
-
-HEAD = (
-    '<div class="row head none"><span>module</span><span class="op">what became of it</span>'
-    f'<span class="errors">{ERRORS}</span><span class="count num">weights</span></div>'
-)
-
 FILTER = (
     '<div class="bar"><input type="search" placeholder="filter: a name, a class, an op, a reason" '
     'aria-label="filter"><button data-open="all">open all</button>'
@@ -103,6 +96,8 @@ def _modules(node: Node) -> int:
 
 
 def _verdict(story: Story) -> str:
+    if isinstance(story, Plan):
+        return ""
     if story.proof is None:
         return '<p class="dim">Not verified: that takes example inputs, or was turned off.</p>'
     kind, sign = ("done", "✓") if story.proof.ok else ("undone", "✗")
@@ -182,9 +177,17 @@ def _tree(story: Story) -> str:
     measured = any(site.after is not None for sites in story.groups.values() for site in sites)
     legend = f'<p class="dim">{LEGEND}</p>' if measured else ""
     drawn = _line(root, scale, _open_depth(root))
-    empty = '<p class="row none empty" data-path="" hidden>Nothing is called so.</p>'
-    head = HEAD if measured else HEAD.replace(ERRORS, "")
-    return f'<div class="box tree">{head}{drawn}{empty}</div>{legend}'
+    empty = '<p class="empty" hidden>Nothing is called so.</p>'
+    return f'<div class="box tree">{_columns(story, measured)}{drawn}{empty}</div>{legend}'
+
+
+def _columns(story: Story, measured: bool) -> str:
+    verb = "would become" if isinstance(story, Plan) else "became"
+    errors = "torch's error → fastdl's" if measured else ""
+    return (
+        f'<div class="row head"><span>module</span><span class="op">what {verb} of it</span>'
+        f'<span class="errors">{errors}</span><span class="count num">weights</span></div>'
+    )
 
 
 def _open_depth(root: Line) -> int:

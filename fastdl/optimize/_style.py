@@ -46,8 +46,8 @@ CSS = """
 .fastdl .row:not(.head):hover { background:var(--soft) }
 .fastdl summary.row { cursor:pointer } .fastdl summary::-webkit-details-marker { display:none }
 .fastdl .row:not(.head)>:first-child::before { content:""; display:inline-block; width:1.1em }
-.fastdl summary.row>:first-child::before { content:"\\25B8"; color:var(--dim) }
-.fastdl details[open]>summary.row>:first-child::before { content:"\\25BE" }
+.fastdl summary.row:not(.head)>:first-child::before { content:"\\25B8"; color:var(--dim) }
+.fastdl details[open]>summary.row:not(.head)>:first-child::before { content:"\\25BE" }
 .fastdl .kids { margin-left:.95rem; border-left:1px solid var(--line) }
 .fastdl .times { background:var(--soft); border-radius:9px; padding:0 .5em; color:var(--dim);
   font-size:12px; white-space:nowrap }
@@ -62,6 +62,7 @@ CSS = """
 .fastdl .scale i+i { top:6px; background:var(--is,var(--done)) }
 .fastdl .scale u { position:absolute; top:-2px; height:14px; width:2px; background:var(--ink) }
 .fastdl .tall { max-height:32rem; overflow-y:auto }
+.fastdl .empty { margin:0; padding:.5rem 1rem }
 .fastdl [hidden] { display:none !important }
 @media (max-width:50rem) { .fastdl main { padding:.8rem } }
 @container (max-width:62rem) {
@@ -73,8 +74,8 @@ CSS = """
 # A digit in what is typed also finds the line that stands for many alike, whose path has a *.
 JS = """
 const root = document.querySelector('.fastdl'), box = root.querySelector('input');
-const rows = [...root.querySelectorAll('.row')], folds = [...root.querySelectorAll('details')];
-const cards = [...root.querySelectorAll('button.card')];
+const all = selector => [...root.querySelectorAll(selector)];
+const rows = all('[data-path]'), folds = all('details'), cards = all('button.card');
 const opened = new Map(folds.map(fold => [fold, fold.open]));
 const literal = text =>
   text.replace(/[.*+?^${}()|[\\]\\\\]/g, '\\\\$&').replace(/\\d+/g, '(?:$&|\\\\*)');
@@ -102,7 +103,7 @@ for (const card of cards) card.addEventListener('click', () => {
   card.setAttribute('aria-pressed', String(!pressed));
   filter();
 });
-for (const button of root.querySelectorAll('[data-open]')) button.addEventListener('click', () => {
+for (const button of all('[data-open]')) button.addEventListener('click', () => {
   for (const fold of folds) fold.open = button.dataset.open === 'all' || fold === folds[0];
 });
 """
