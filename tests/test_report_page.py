@@ -104,19 +104,37 @@ def _other_class(model):
     model[1].act = nn.SiLU()
 
 
-def _other_reason(model):
+def _parametrized(model):
     parametrizations.weight_norm(model[1].mlp[2])
+
+
+def _other_reason(model):
+    for block in model:
+        block.norm.forward = nn.LayerNorm(8).forward
+    del model[1].norm.forward
+    model[1].norm.kept = torch.ones(1)
 
 
 def _other_name(model):
     model[1].extra = nn.Identity()
 
 
-@pytest.mark.parametrize("change", [_other_width, _other_class, _other_reason, _other_name])
+@pytest.mark.parametrize(
+    "change", [_other_width, _other_class, _parametrized, _other_reason, _other_name]
+)
 def test_layers_that_differ_are_not(change):
     model = layers(3)
     change(model)
     assert {"0", "1", "2"} <= lines(fastdl.plan(model)).keys()
+
+
+def test_sites_that_differ_in_numbers_only_are_alike():
+    blocks = [
+        nn.Sequential(layer) for layer in (nn.Linear(4, 4), nn.Conv2d(4, 4, 1), nn.Linear(2, 2))
+    ]
+    plan = fastdl.plan(nn.ModuleDict({"a": nn.ModuleList(blocks), "a1": nn.Sequential(nn.ReLU())}))
+    counts = [(site.name, site.pattern, len(same)) for site, same in alike(plan).items()]
+    assert counts == [("a.*.0", "Linear", 2), ("a.1.0", "Conv2d", 1), ("a1.0", "ReLU", 1)]
 
 
 def test_children_with_names_are_not_folded():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .._table import lines as table
+from ..ops import _launch
 from ._judge import fresh, no_trace, tensors_in
 
 WARM, ROUNDS = 3, 21
@@ -107,7 +108,7 @@ def _why_not(model: nn.Module) -> str:
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.device.type != "cuda":
         return f"the model is on {parameter.device}; move it and its inputs to the GPU"
-    return ""
+    return "kernels run in Triton's interpreter" if _launch.INTERPRETED else ""
 
 
 def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
