@@ -2,9 +2,7 @@
 
 import argparse
 import difflib
-import importlib
 import importlib.util
-import inspect
 import itertools
 import json
 import os
@@ -16,17 +14,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
+from ._factory import EXAMPLE, UsageError, UserCodeError
 from ._table import Progress, paragraph, show
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
-
-EXAMPLE_FACTORY = "fastdl plan mypackage.models:make_model"
-
-
-class UsageError(Exception):
-    """What was typed, why it cannot be done, and what to type instead."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"fastdl: {error}", file=sys.stderr)
         return USAGE
+    except UserCodeError as error:
+        print(f"fastdl: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("\nfastdl: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -209,75 +204,22 @@ def _targets(args: argparse.Namespace) -> int:
 
 def _add_plan(commands: Any) -> None:
     about = "say what fastdl.optimize would replace in a model, and why not the rest"
-    parser = _command(commands, "plan", _plan, about, EXAMPLE_FACTORY)
+    parser = _command(commands, "plan", _plan, about, EXAMPLE)
     parser.add_argument("factory", metavar="package.module:make_model",
-        help="a function without arguments that returns the model")  # fmt: skip
+        help="a function without arguments, a class or a model; the function may also return the "
+        "model with its example inputs, and then each site is tried on them")  # fmt: skip
+    parser.add_argument("--meta", action="store_true",
+        help="make the model on the meta device: large ones take no memory")  # fmt: skip
+    parser.add_argument("--optimize", action="store_true",
+        help="also do it, verify outputs and gradients, and show the report")  # fmt: skip
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
     _json_option(parser)
 
 
 def _plan(args: argparse.Namespace) -> int:
-    model = _model(args.factory)
-    from .optimize.plan import plan
+    from ._plan import run
 
-    found = plan(model)
-    if args.json:
-        print(found.to_json())
-        return 0
-    new = [(site.name or "(the model)", site.pattern, site.op) for site in found if not site.reason]
-    rest = [(s.name or "(the model)", s.pattern, s.reason or "") for s in found if s.reason]
-    if new:
-        show(("to replace", "pattern", "op"), new)
-    if rest:
-        show(("left alone", "pattern", "reason"), rest)
-    print(f"{len(new)} to replace, {len(rest)} left alone")
-    return 0
-
-
-def _model(path: str) -> nn.Module:
-    """What the factory at package.module:name makes."""
-    factory = _factory(path)
-    if not isinstance(factory, nn.Module):
-        if not callable(factory):
-            raise UsageError(
-                f"{path} is a {type(factory).__name__}, not a function that makes a model"
-            )
-        try:
-            inspect.signature(factory).bind()
-        except TypeError as error:
-            raise UsageError(
-                f"{path} takes arguments ({error}); name a function that takes none"
-            ) from None
-        factory = factory()
-    if not isinstance(factory, nn.Module):
-        raise UsageError(f"{path} returned a {type(factory).__name__}, not an nn.Module")
-    return factory
-
-
-def _factory(path: str) -> Any:
-    module_name, colon, name = path.partition(":")
-    if module_name.endswith(".py") or os.sep in module_name:
-        dotted = module_name.removesuffix(".py").replace(os.sep, ".").strip(".")
-        raise UsageError(f"{path} names a file. Type: fastdl plan {dotted}:{name or 'make_model'}")
-    if not (module_name and colon and name):
-        raise UsageError(f"{path} is not package.module:make_model. For example: {EXAMPLE_FACTORY}")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # an import in the user's code
-        raise UsageError(
-            f"there is no module {error.name}, neither in {here} nor installed. "
-            f"For example: {EXAMPLE_FACTORY}"
-        ) from None
-    if not hasattr(module, name):
-        public = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
-        near = difflib.get_close_matches(name, public, 1, cutoff=0.5)
-        meant = f"; did you mean {module_name}:{near[0]}?" if near else ""
-        raise UsageError(f"{module_name} has no {name}{meant}")
-    return getattr(module, name)
+    return 0 if run(args) else FAILED
 
 
 def _checkout() -> Path | None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastdl
 from fastdl.cli import Progress, main, show
 from fastdl.contract import SPECS
 
@@ -23,11 +25,51 @@ from torch import nn
 def make_model():
     return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Bilinear(2, 2, 2))
 
+def with_inputs():
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.ones(4, 8)
+
+def with_wrong_inputs():
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.ones(4, 9)
+
+def layers():
+    return nn.Sequential(*(make_model() for _ in range(12)))
+
+def huge():
+    return nn.Sequential(nn.Linear(1 << 20, 1 << 20), nn.ReLU())
+
+class Small(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(2, 2))
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(self.fc(x)[1:])
+
+def twice():
+    return Twice(), torch.ones(6, 8)
+
 def with_arguments(width):
     return nn.Linear(width, width)
 
+def failing():
+    return deeper(7)
+
+def deeper(width):
+    raise ValueError("width is odd")
+
+class FailingClass(nn.Module):
+    def __init__(self, *args):
+        raise OSError("this class is made by from_config")
+
 def number():
     return 3
+
+def three():
+    return 1, 2, 3
 
 instance = nn.LayerNorm(4)
 constant = 3
@@ -39,6 +81,7 @@ def models(tmp_path, monkeypatch):
     """A folder with a module of factories, as the current one."""
     (tmp_path / "some_models.py").write_text(FACTORY)
     (tmp_path / "needs_more.py").write_text("import a_module_that_is_not_here\n")
+    (tmp_path / "unfinished.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
@@ -110,16 +153,43 @@ def test_usage_errors_say_what_to_type(argv, expected, capsys):
         ("some_models:zzz", "some_models has no zzz"),
         ("some_models:constant", "is a int, not a function"),
         ("some_models:number", "returned a int"),
+        ("some_models:three", "returned a tuple, not an nn.Module, nor a model and its example"),
         ("some_models:with_arguments", "missing a required argument: 'width'"),
+        ("some_models:with_arguments", "      return with_arguments(...)\nand type: fastdl plan"),
+        ("torch.nn:Linear", "  from torch.nn import Linear\n  def make_model():"),
     ],
 )
 def test_bad_factory(path, expected, models, capsys):
     assert expected in refused(capsys, "plan", path)
 
 
-def test_an_import_missing_in_the_users_code_is_not_our_error(models):
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_here"):
-        main(["plan", "needs_more:make_model"])
+@pytest.mark.parametrize(
+    "path, expected",
+    [
+        (
+            "needs_more:make_model",
+            ["importing needs_more raised ModuleNotFoundError", "needs_more.py:1", "import a_mod"],
+        ),
+        ("unfinished:f", ["importing unfinished raised SyntaxError", "unfinished.py, line 1"]),
+        (
+            "some_models:failing",
+            [
+                "failing raised ValueError: width is odd",
+                "in failing: return deep",
+                "in deeper: rai",
+            ],
+        ),
+        ("some_models:FailingClass", ["by from_config", "in __init__", "return FailingClass(...)"]),
+        ("some_models:with_wrong_inputs", ["on its example inputs, raised RuntimeError", "4x9"]),
+    ],
+)
+def test_errors_of_the_users_code(path, expected, models, capsys):
+    """The error and its place in their code, without the way through ours."""
+    assert main(["plan", path]) == 1
+    said = capsys.readouterr().err
+    assert all(part in said for part in expected)
+    assert "Traceback" not in said and "_factory.py" not in said
+    assert said.count("\n  ") <= 5
 
 
 def test_plan(models, capsys):
@@ -136,9 +206,88 @@ def test_plan_as_json(models, capsys):
     assert [site["op"] for site in sites] == ["linear", "layer_norm", ""]
 
 
-def test_plan_of_an_instance(models, capsys):
-    assert main(["plan", "some_models:instance"]) == 0
-    assert "(the model)" in capsys.readouterr().out
+@pytest.mark.parametrize("name", ["instance", "Small"])
+def test_plan_of_what_is_not_a_function(name, models, capsys):
+    assert main(["plan", f"some_models:{name}"]) == 0
+    assert "1 to replace, 0 left alone" in capsys.readouterr().out
+
+
+def test_plan_shows_repeated_layers_once(models, capsys):
+    assert main(["plan", "some_models:layers"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("*.2 (12)" in line for line in lines) == 1
+    assert len(lines) == 6 and lines[-1] == "24 to replace, 12 left alone"
+
+
+def test_plan_with_example_inputs_tries_each_site(models, capsys, monkeypatch):
+    forward = fastdl.nn.LayerNorm.forward
+    monkeypatch.setattr(fastdl.nn.LayerNorm, "forward", lambda m, x: forward(m, x) * 1.01)
+    assert main(["plan", "some_models:with_inputs", "--json"]) == 0
+    linear, norm = json.loads(capsys.readouterr().out)["sites"]
+    assert linear["reason"] is None and linear["after"] < linear["allowed"] < 1e-3
+    assert "too large" in norm["reason"] and norm["after"] > 1e-3 > norm["allowed"]
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_plan_says_who_computes(interpreted, models, capsys, monkeypatch):
+    monkeypatch.setattr("fastdl.ops._launch.INTERPRETED", interpreted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["plan", "some_models:with_inputs"]) == 0
+    assert ("no GPU: torch computes the ops" in capsys.readouterr().err) != interpreted
+
+
+def test_plan_on_the_meta_device(models, capsys):
+    assert main(["plan", "some_models:huge", "--meta"]) == 0
+    assert "Linear + ReLU" in capsys.readouterr().out
+    assert main(["plan", "some_models:with_inputs", "--meta"]) == 0
+    assert "2 to replace" in capsys.readouterr().out
+    assert "leave out --optimize" in refused(
+        capsys, "plan", "some_models:huge", "--meta", "--optimize"
+    )
+
+
+def test_plan_with_optimize(models, capsys):
+    assert main(["plan", "some_models:with_inputs", "--optimize", "--html", "page.html"]) == 0
+    said = capsys.readouterr()
+    assert "the models agree" in said.out and "2 replaced, 0 left alone" in said.out
+    assert "the page is page.html" in said.err
+    assert "the models agree" in (models / "page.html").read_text(encoding="utf-8")
+
+    assert main(["plan", "some_models:make_model", "--optimize", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["proof"] is None and "nothing is verified" in said.err
+
+
+def test_plan_with_optimize_fails_with_1(models, capsys, monkeypatch):
+    forward = fastdl.nn.Linear.forward
+
+    def wrong_for_five_rows(module, x):
+        return forward(module, x) * (1.01 if len(x) == 5 else 1)
+
+    monkeypatch.setattr(fastdl.nn.Linear, "forward", wrong_for_five_rows)
+    assert main(["plan", "some_models:twice", "--optimize"]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and "the error is too large" in said.err
+
+
+def test_plan_as_a_page(models, capsys):
+    assert "no folder" in refused(capsys, "plan", "some_models:layers", "--html", "no/where.html")
+    assert main(["plan", "some_models:layers", "--html", "page.html"]) == 0
+    page = (models / "page.html").read_text(encoding="utf-8")
+    assert "plan by fastdl" in page and "12 alike" in page
+
+
+def test_the_readme_shows_what_plan_prints(models, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code, typed = re.search(
+        r"```python\n# models.py\n(.*?)```\n\n```\n\$ (.*?)```", readme, re.S
+    ).groups()
+    (models / "some_models.py").write_text(code)
+    command, _, printed = typed.replace(" models:", " some_models:").partition("\n")
+    assert command.startswith("fastdl plan")
+    assert main(command.split()[1:]) == 0
+    said = capsys.readouterr()
+    assert said.out + said.err == printed
 
 
 def test_check_as_json(capsys, device):

@@ -18,6 +18,8 @@ from .replay import replay
 from .report import Plan, Report, Site
 from .rules import Finding, examine, is_ours, is_sequential, swap, swap_back
 from .sequential import Sequential, group_length, is_plain
+from .speed import measure
+from .tree import tree_of
 from .verify import Fault, Proof, Reference, arguments
 
 Selector = Sequence[str | type]
@@ -76,7 +78,7 @@ def plan(model: nn.Module, example_inputs: Any = None) -> Plan:
     matches = _survey(model)
     if example_inputs is not None:
         _replay(model, matches, example_inputs)
-    return Plan([match.site for match in matches])
+    return Plan([match.site for match in matches], tree_of(model))
 
 
 def optimize(
@@ -118,7 +120,7 @@ def optimize(
     for match in matches:
         if match.is_new:
             _apply(match)
-    _reports[model] = _report_of(matches, proof)
+    _reports[model] = _report_of(model, matches, proof)
     return model
 
 
@@ -130,10 +132,16 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def report(model: nn.Module) -> Report:
-    """What `optimize` did to a model. For a copy of it, what the classes of its modules tell."""
+def report(model: nn.Module, example_inputs: Any = None) -> Report:
+    """What `optimize` did to a model. For a copy of it, what the classes of its modules tell.
+
+    With `example_inputs`, on a GPU, time and memory of the original and of the model are measured.
+    """
     known = _reports.get(model)
-    return known if known is not None else _report_of(_survey(model), None)
+    found = known if known is not None else _report_of(model, _survey(model), None)
+    if example_inputs is not None:
+        found.speed = measure(restore(copied(model)), copied(model), *arguments(example_inputs))
+    return found
 
 
 # What optimize did, for as long as the model lives.
@@ -257,8 +265,8 @@ def _replay(model: nn.Module, matches: list[_Match], example_inputs: Any) -> Non
         if index not in outcomes:
             match.site = match.site._replace(route="not called with these inputs")
             continue
-        route, before, after, fault = outcomes[index]
-        match.site = match.site._replace(route=route, before=before, after=after, reason=fault)
+        route, before, after, allowed, fault = outcomes[index]
+        match.site = Site(*match.site[:3], fault, route, before, after, allowed)
         match.rolled_back = fault is not None
 
 
@@ -300,8 +308,8 @@ def _prove(model: nn.Module, matches: Sequence[_Match], example_inputs: Any) -> 
         return proof
 
 
-def _report_of(matches: list[_Match], proof: Proof | None) -> Report:
-    result = Report(proof=proof)
+def _report_of(model: nn.Module, matches: list[_Match], proof: Proof | None) -> Report:
+    result = Report(tree_of(model), proof=proof)
     for match in matches:
         site, first = match.site, match.modules[0]
         if match.rolled_back:

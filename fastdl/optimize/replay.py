@@ -24,6 +24,7 @@ class Outcome(NamedTuple):
     route: str | None = None
     before: float | None = None
     after: float | None = None
+    allowed: float | None = None
     fault: str | None = None
 
 

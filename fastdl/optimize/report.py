@@ -1,20 +1,25 @@
 """What there is to say about a model: its sites, the plan before a change and the report after."""
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .._table import lines as table
+from .speed import Speed
+from .tree import Tree
 from .verify import Proof
+
+HEAD = ("name", "pattern", "op", "route", "before", "after", "reason")
 
 
 class Site(NamedTuple):
     """One place in a model: what stands there, which op takes it, and why not if none does.
 
     `before` and `after` are the largest errors of the original and of the op on the example inputs,
-    against float64 and relative to the largest value of the tensor. `route` says who computed the
-    op. `op` is empty where no rule knows the place.
+    against float64 and relative to the largest value of the tensor; `allowed` is what `after` may
+    be. `route` says who computed the op. `op` is empty where no rule knows the place.
     """
 
     name: str
@@ -24,13 +29,41 @@ class Site(NamedTuple):
     route: str | None = None
     before: float | None = None
     after: float | None = None
+    allowed: float | None = None
 
 
-class Plan:
+class Story:
+    """What a plan and a report share: sites in groups, and the page that shows them."""
+
+    tree: Tree
+    proof: Proof | None = None
+    speed: Speed | None = None
+
+    @property
+    def groups(self) -> dict[str, list[Site]]:
+        """The sites by what becomes of them."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        raise NotImplementedError
+
+    def to_html(self) -> str:
+        """One page that needs nothing else: the model's tree with all that is known of it."""
+        from ._page import page
+
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        from ._page import compact
+
+        return compact(self)
+
+
+class Plan(Story):
     """The sites of a model: those with a reason would stay as they are."""
 
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self.sites = tuple(sites)
+    def __init__(self, sites: Sequence[Site], tree: Tree) -> None:
+        self.sites, self.tree = tuple(sites), tree
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -41,36 +74,76 @@ class Plan:
     def __getitem__(self, index: int) -> Site:
         return self.sites[index]
 
-    def __str__(self) -> str:
+    @property
+    def groups(self) -> dict[str, list[Site]]:
         new = [site for site in self.sites if site.reason is None]
         rest = [site for site in self.sites if site.reason is not None]
-        return "\n".join([*_section("to replace", new), *_section("left alone", rest)])
+        return {"to replace": new, "left alone": rest}
+
+    def __str__(self) -> str:
+        return "\n".join(_sections(self.groups))
 
     def to_json(self) -> str:
         return json.dumps({"sites": [site._asdict() for site in self.sites]})
 
 
 @dataclass
-class Report:
+class Report(Story):
     """What was done to a model."""
 
+    tree: Tree
     replaced: list[Site] = field(default_factory=list)
     skipped: list[Site] = field(default_factory=list)
     rolled_back: list[Site] = field(default_factory=list)
     proof: Proof | None = None
+    speed: Speed | None = None
+
+    @property
+    def groups(self) -> dict[str, list[Site]]:
+        groups = {"replaced": self.replaced, "left alone": self.skipped}
+        return {**groups, "rolled back": self.rolled_back} if self.rolled_back else groups
 
     def __str__(self) -> str:
-        lines = _section("replaced", self.replaced) + _section("left alone", self.skipped)
-        if self.rolled_back:
-            lines += _section("rolled back", self.rolled_back)
-        return "\n".join(lines if self.proof is None else [*lines, f"proof: {self.proof}"])
+        lines = _sections(self.groups)
+        if self.proof is not None:
+            lines.append(f"proof: {self.proof}")
+        if self.speed is not None:
+            lines.append(str(self.speed))
+        return "\n".join(lines)
 
     def to_json(self) -> str:
         groups = {
             name: [site._asdict() for site in getattr(self, name)]
             for name in ("replaced", "skipped", "rolled_back")
         }
-        return json.dumps({**groups, "proof": self.proof and self.proof.as_dict()})
+        proof = self.proof and self.proof.as_dict()
+        return json.dumps({**groups, "proof": proof, "speed": self.speed and self.speed.as_dict()})
+
+
+def alike(sites: Iterable[Site]) -> dict[Site, list[Site]]:
+    """Sites that differ in numbers only, such as those of many layers, under one with the name of
+    all, layers.*.norm, and with the largest of their errors.
+    """
+    found: dict[Site, list[Site]] = {}
+    for site in sites:
+        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", site.name)
+        found.setdefault(Site(name, *site[1:5]), []).append(site)
+    return {worst(same)._replace(name=_name_of_all(same)): same for same in found.values()}
+
+
+def _name_of_all(sites: Sequence[Site]) -> str:
+    """Their name, with a * for what differs."""
+    parts = zip(*(site.name.split(".") for site in sites), strict=True)
+    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
+
+
+def worst(sites: Sequence[Site]) -> Site:
+    """The site with the largest error."""
+    return max(sites, key=lambda site: site.after or 0.0)
+
+
+def _sections(groups: dict[str, list[Site]]) -> list[str]:
+    return [line for title, sites in groups.items() for line in _section(title, sites)]
 
 
 def _section(title: str, sites: Sequence[Site]) -> list[str]:
@@ -78,11 +151,14 @@ def _section(title: str, sites: Sequence[Site]) -> list[str]:
     heading = f"{title}: {len(sites)}"
     if not sites:
         return [heading]
+    return [heading, *(f"  {line}" for line in table(*columns(sites)))]
+
+
+def columns(sites: Iterable[Site]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of sites, with those columns that say anything."""
     rows = [_cells(site) for site in sites]
-    used = [i for i in range(len(rows[0])) if any(row[i] for row in rows)]
-    head = ("name", "pattern", "op", "route", "before", "after", "reason")
-    lines = table([head[i] for i in used], [[row[i] for i in used] for row in rows])
-    return [heading, *(f"  {line}" for line in lines)]
+    used = [i for i in range(len(HEAD)) if any(row[i] for row in rows)]
+    return [HEAD[i] for i in used], [[row[i] for i in used] for row in rows]
 
 
 def _cells(site: Site) -> tuple[str, ...]:

@@ -50,6 +50,11 @@ class Comparison(NamedTuple):
     def ok(self) -> bool:
         return self.reason is None
 
+    @property
+    def relative(self) -> tuple[float, float, float]:
+        """Before, after and allowed as parts of the tensor's scale."""
+        return self.before / self.scale, self.after / self.scale, self.allowed / self.scale
+
 
 class Fault(NamedTuple):
     """What is wrong, and the errors before and after relative to the tensor's scale."""
@@ -97,7 +102,7 @@ class Proof:
         """The first tensor that differs."""
         for name, c in self.comparisons.items():
             if c.reason is not None:
-                return Fault(f"{name}: {c.reason}", c.before / c.scale, c.after / c.scale)
+                return Fault(f"{name}: {c.reason}", *c.relative[:2])
         return None
 
     @property
@@ -105,10 +110,9 @@ class Proof:
         """Tensors in which the original is so far from the judge that faults can hide."""
         return [name for name, c in self.comparisons.items() if c.before > WEAK * c.scale]
 
-    def worst(self) -> tuple[float, float]:
-        """Errors before and after where the latter is largest, relative to the tensor's scale."""
-        relative = [(c.before / c.scale, c.after / c.scale) for c in self.comparisons.values()]
-        return max(relative, key=lambda errors: errors[1])
+    def worst(self) -> tuple[float, float, float]:
+        """Errors before, after and allowed where `after` is largest, of the tensor's scale."""
+        return max((c.relative for c in self.comparisons.values()), key=lambda errors: errors[1])
 
     def __bool__(self) -> bool:
         return self.ok
