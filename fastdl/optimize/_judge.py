@@ -192,7 +192,8 @@ def fresh(inputs: Any, leaves: dict[str, Tensor] | None = None, wide: bool = Fal
 
     def renew(path: Any, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return copy.deepcopy(value)
+            with _DetachedCopies():
+                return copy.deepcopy(value)
         if id(value) not in seen:
             leaf = value.detach().clone()
             if wide and leaf.dtype in _WIDER:
@@ -204,6 +205,17 @@ def fresh(inputs: Any, leaves: dict[str, Tensor] | None = None, wide: bool = Fal
         return seen[id(value)]
 
     return tree_map_with_path(renew, inputs)
+
+
+class _DetachedCopies(TorchFunctionMode):
+    """Copies of tensors inside other objects, such as a cache, come without their history."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
+            args = (args[0].detach(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _label(path: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from . import libraries
 from .replay import replay
 from .report import Plan, Report, Site
 from .rules import Finding, examine, is_ours, is_sequential, swap, swap_back
@@ -125,6 +126,7 @@ _reports: "weakref.WeakKeyDictionary[nn.Module, Report]" = weakref.WeakKeyDictio
 def _survey(
     model: nn.Module, include: Selector | None = None, exclude: Selector | None = None
 ) -> list[_Match]:
+    libraries.load()
     entries = {id(e.module): e for e in _walk(model, include, exclude)}
     groups: dict[int, list[_Match]] = {}
     for parent in model.modules():

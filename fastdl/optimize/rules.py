@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from .. import functional, nn as fused
 from ..nn.rnn import let_dynamo_enter
 from ..ops._route import FUSED_DTYPES, PLAIN
+from . import libraries
 from .sequential import Sequential
 
 # torch's class -> ours: every class of fastdl.nn that derives from one of torch's.
@@ -52,10 +53,13 @@ def examine(module: nn.Module) -> Finding | None:
     if cls is NonDynamicallyQuantizableLinear:
         return None  # it is never called: nn.MultiheadAttention takes its weights
     base = next((known for known in cls.__mro__ if known in RULES), None)
+    under = _under(cls)
     if base is None:
+        taken = libraries.examine(module, under)
+        if taken is not None:
+            return Finding(under.__name__, *taken)
         reason = _unknown(module)
         return Finding(cls.__name__, reason=reason) if reason else None
-    under = _under(cls)
     op = op_name(RULES[base])
     if under is RULES[base]:
         return Finding(base.__name__, op, cls)
@@ -165,10 +169,11 @@ def swap(module: nn.Module, target: type) -> None:
 def swap_back(module: nn.Module) -> None:
     """Give a module the class it had."""
     cls = type(module)
-    original = ORIGINALS.get(cls) or _REMADE.get(cls)
+    original = ORIGINALS.get(cls) or libraries.MADE.get(cls) or _REMADE.get(cls)
     if original is not None:
         module.__class__ = original
 
 
 def is_ours(module: nn.Module) -> bool:
-    return _under(type(module)) in ORIGINALS
+    under = _under(type(module))
+    return under in ORIGINALS or under in libraries.MADE
