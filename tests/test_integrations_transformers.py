@@ -1,23 +1,21 @@
 """fastdl's attention in the models of transformers, held against transformers' own."""
 
 import copy
-import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
 from torch import nn
-from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
-from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaAttention
 
 import fastdl
 from fastdl.integrations import transformers as integration
 
 TEXT = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -32,7 +30,7 @@ SPEECH = {
     "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "dropout": 0.0,
 }  # fmt: skip
 T5 = {
-    "vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2,
+    "vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2,
     "dropout_rate": 0.0, "pad_token_id": 0, "decoder_start_token_id": 0,
 }  # fmt: skip
 CLIP = {
@@ -44,7 +42,7 @@ CLIP = {
 # What the attention of each guards: the model, its configuration.
 MODELS = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {
-        "vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16,
+        "vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         "scale_attn_by_inverse_layer_idx": True,
     }),
@@ -54,7 +52,8 @@ MODELS = {
         **TEXT, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 2, "sliding_window": 3,
     }),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {
-        **TEXT, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"],
+        **TEXT, "num_hidden_layers": 2, "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"],
     }),
     "mistral: a window": ("MistralForCausalLM", "MistralConfig", {**TEXT, "sliding_window": 3}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", TEXT),
@@ -130,15 +129,19 @@ def assert_close(ours, theirs, tolerance=1e-4):
         assert error <= tolerance * scale, (name, error, scale)
 
 
-def of_attention(model):
-    return fastdl.optimize(model, exclude=[nn.Linear, nn.Embedding, nn.LayerNorm, *others(model)])
+def ran(op):
+    """What a call gives, and the ops of fastdl that it ran."""
+    result = []
+    seen = fastdl.explain(lambda: result.append(op()))
+    return result[0], [decision.op for decision in seen.decisions if decision.stage == "call"]
 
 
-def others(model):
-    """Types of modules without an attention inside."""
-    from fastdl.optimize import rules
-
-    return [type(m) for m in model.modules() if type(m) in rules.RULES]
+def optimized(model, **options):
+    """With attention in place, and nothing else."""
+    fastdl.optimize(model, exclude=[nn.Linear, nn.Embedding, nn.LayerNorm, nn.GELU, nn.Conv1d,
+                                    nn.Conv2d, nn.Dropout, nn.SiLU, nn.ReLU, nn.Tanh], **options)  # fmt: skip
+    assert {s.op for s in fastdl.report(model).replaced} == {"scaled_dot_product_attention"}
+    return model
 
 
 # by name
@@ -151,6 +154,125 @@ def test_chosen_by_name(name, registered, fused):
     model.set_attn_implementation("eager")
     theirs = results(model, inputs)
     model.set_attn_implementation("fastdl")
-    seen = fastdl.explain(model, **inputs)
-    assert {d.op for d in seen.decisions} == {"attention"} and seen.fused
-    assert_close(results(model, inputs), theirs)
+    ours, ops = ran(lambda: results(model, inputs))
+    assert ops and set(ops) == {"attention"}
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["gemma2: softcap", "t5: a bias"])
+def test_bfloat16(name, registered, fused):
+    """Errors against float64 as eager attention's own."""
+    model, inputs = make(name), inputs_of(name)
+    judge = results(copy.deepcopy(model).double(), inputs)
+    model.bfloat16().set_attn_implementation("eager")
+    theirs = results(model, inputs)
+    model.set_attn_implementation("fastdl")
+    ours = results(model, inputs)
+    for key, expected in judge.items():
+        errors = [(r[key].double() - expected).abs().max().item() for r in (ours, theirs)]
+        assert errors[0] <= 3 * errors[1] + 0.01 * expected.abs().max().item(), (key, errors)
+
+
+def test_masks_are_left_out_where_possible(registered, monkeypatch):
+    model, seen = make("llama: shared heads"), []
+    attention = fastdl.functional.scaled_dot_product_attention
+
+    def spy(*args, **kwargs):
+        seen.append((kwargs["attn_mask"], kwargs["is_causal"], kwargs["window_size"]))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(fastdl.functional, "scaled_dot_product_attention", spy)
+    model.set_attn_implementation("fastdl")
+    model(**inputs_of("llama: shared heads", padded=False))
+    assert seen == [(None, True, (-1, -1))]
+
+
+def call(**kwargs):
+    """fastdl's attention as a causal module calls it, and eager attention with the same masks."""
+    q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    ours = integration.attention(module, q, k, k, None, scaling=0.3, **kwargs)
+    place = torch.arange(6)
+    seen = place <= place[:, None]
+    if "sliding_window" in kwargs:
+        seen = seen & (place > place[:, None] - kwargs["sliding_window"])
+    mask = torch.where(seen, 0.0, float("-inf"))[None, None]
+    return ours, modeling_llama.eager_attention_forward(module, q, k, k, mask, scaling=0.3)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"sliding_window": 9}])
+def test_a_call_without_a_mask(options, fused):
+    (out, weights), theirs = call(output_attentions=True, **options)
+    torch.testing.assert_close(out, theirs[0])
+    torch.testing.assert_close(weights, theirs[1])
+    assert out.is_contiguous() and call(**options)[0][1] is None
+
+
+@pytest.mark.parametrize("name", ["cache", "indices", "block_indices", "sinks", "head_mask"])
+def test_what_cannot_be_honoured_is_refused(name):
+    with pytest.raises(ValueError, match=f"Module passes {name}.*set_attn_implementation"):
+        call(**{name: torch.ones(4)})
+
+
+def test_a_window_without_a_mask_needs_as_many_keys(registered):
+    with pytest.raises(ValueError, match="a window of 3 on 1 queries and 6 keys"):
+        x = torch.randn(1, 1, 6, 8)
+        integration.attention(nn.Module(), x[:, :, :1], x, x, None, sliding_window=3)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate(cache, registered, fused):
+    """A static cache has more keys than there are queries when it is filled."""
+    model = make("mistral: a window")
+    inputs = inputs_of("mistral: a window")
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": cache}
+    inputs = {key: value[:1] for key, value in inputs.items()} if cache == "dynamic" else inputs
+    theirs = model.generate(**inputs, **options)
+    model.set_attn_implementation("fastdl")
+    ours, ops = ran(lambda: model.generate(**inputs, **options))
+    assert torch.equal(ours, theirs) and ops == ["attention"] * 3
+
+
+def test_registering_twice_and_unregistering():
+    names = transformers.AttentionInterface().valid_keys()
+    integration.register()
+    integration.register()
+    assert transformers.AttentionInterface().valid_keys() == [*names, "fastdl"]
+    integration.unregister()
+    integration.unregister()
+    assert transformers.AttentionInterface().valid_keys() == names
+    with pytest.raises(ValueError, match="fastdl"):
+        make("llama: shared heads").set_attn_implementation("fastdl")
+
+
+def test_nothing_of_transformers_is_imported():
+    code = """
+import sys, torch, fastdl, fastdl.integrations.transformers
+model = torch.nn.Linear(2, 2)
+fastdl.optimize(model), fastdl.integrations.diffusers
+assert not {"transformers", "diffusers"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# by optimize
+
+QUICK = ("gemma2: softcap", "gpt_oss: sinks", "t5: a bias")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in QUICK]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_optimized(name, kind, fused):
+    model, inputs = make(name), inputs_of(name)
+    if kind == "sdpa" and not model._supports_sdpa or (name in QUICK and kind != "eager"):
+        pytest.skip("the model has eager attention only, or this is left to the slow tests")
+    model.set_attn_implementation(kind)
+    theirs, config = results(model, inputs), model.config.to_dict()
+    ours, ops = ran(lambda: results(optimized(model), inputs))
+    assert ops and set(ops) == {"attention"} and model.config.to_dict() == config
+    assert_close(ours, theirs)
+    fastdl.restore(model)
+    again, ops = ran(lambda: results(model, inputs))
+    assert not ops and all(torch.equal(again[key], theirs[key]) for key in theirs)

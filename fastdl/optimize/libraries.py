@@ -3,6 +3,7 @@
 Such a class runs the library's own code, in which a few names mean something else.
 """
 
+import copy
 import importlib
 import sys
 import types
@@ -26,6 +27,9 @@ class Taken(NamedTuple):
 # By library: what it has to say about a module, given the class that the module had at first.
 EXAMINERS: dict[str, Callable[[nn.Module, type], Taken | None]] = {}
 
+# Attributes of modules that may hold an object whose class is swapped, not the module's.
+PARTS: set[str] = set()
+
 # Classes made here -> those they were made from.
 MADE: dict[type, type] = {}
 
@@ -45,6 +49,20 @@ def examine(module: nn.Module, cls: type) -> Taken | None:
         if taken is not None:
             return taken
     return None
+
+
+def swap_part(module: nn.Module, target: type) -> None:
+    """Give a module a part of another class. What it had may be another module's, too."""
+    for name in PARTS:
+        part = vars(module).get(name)
+        if type(part) is MADE[target]:
+            vars(module)[name] = copy.copy(part)
+            vars(module)[name].__class__ = target
+
+
+def made_parts(module: nn.Module) -> list[Any]:
+    """Parts of a module whose class was made here."""
+    return [vars(module)[name] for name in PARTS if type(vars(module).get(name)) in MADE]
 
 
 def rebound(function: types.FunctionType, names: Mapping[str, Any]) -> types.FunctionType:

@@ -157,7 +157,10 @@ def is_sequential(module: nn.Module) -> bool:
 
 
 def swap(module: nn.Module, target: type) -> None:
-    """Give a module one of our classes. Nothing else about it changes."""
+    """Give a module, or its part, one of our classes. Nothing else about it changes."""
+    if not issubclass(target, nn.Module):
+        libraries.swap_part(module, target)
+        return
     cls = type(module)
     under = _under(cls)
     if under is not target:
@@ -172,8 +175,10 @@ def swap_back(module: nn.Module) -> None:
     original = ORIGINALS.get(cls) or libraries.MADE.get(cls) or _REMADE.get(cls)
     if original is not None:
         module.__class__ = original
+    for part in libraries.made_parts(module):
+        part.__class__ = libraries.MADE[type(part)]
 
 
 def is_ours(module: nn.Module) -> bool:
     under = _under(type(module))
-    return under in ORIGINALS or under in libraries.MADE
+    return under in ORIGINALS or under in libraries.MADE or bool(libraries.made_parts(module))
