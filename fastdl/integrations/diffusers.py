@@ -46,10 +46,12 @@ def use(model: nn.Module) -> nn.Module:
 
 def examine(module: nn.Module, cls: type) -> Taken | None:
     """What `optimize` may do with a module: attention is what has a processor and calls it."""
-    processor, forward = getattr(module, "processor", None), getattr(cls, "forward", None)
-    if not cls.__module__.startswith("diffusers.") or processor is None:
+    if not any(base.__module__.startswith("diffusers.") for base in cls.__mro__):
         return None
-    if not isinstance(forward, types.FunctionType) or "processor" not in forward.__code__.co_names:
+    processor, forward = getattr(module, "processor", None), getattr(cls, "forward", None)
+    if processor is None or not isinstance(forward, types.FunctionType):
+        return None
+    if "processor" not in forward.__code__.co_names:
         return None
     kind = libraries.MADE.get(type(processor), type(processor))
     reason = _refusal(module, kind)

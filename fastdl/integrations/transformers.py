@@ -160,7 +160,8 @@ def stand_in(
 ) -> tuple[Tensor, Tensor | None]:
     """What a function of transformers computes. It is called itself where it gives more."""
     honoured = _HONOURED[original]
-    if wants_weights(kwargs) or kwargs.get("cache") is not None:
+    refused = kwargs.get("softcap") is not None and "is_causal" in honoured  # sdpa raises
+    if refused or wants_weights(kwargs) or kwargs.get("cache") is not None:
         return original(module, query, key, value, attention_mask, **kwargs)
     options = {name: kwargs[name] for name in honoured if name in kwargs}
     if "is_causal" not in honoured:  # eager: the mask says everything

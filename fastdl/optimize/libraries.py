@@ -90,11 +90,11 @@ def derive(cls: type, maker: Callable[[type], type], members: Mapping[str, Any])
         return (_instance, (maker, cls), *plain[2:])
 
     named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    derived = type(cls.__name__, (cls,), {**named, **members, "__reduce_ex__": reduce})
+    derived: Any = type(cls.__name__, (cls,), {**named, **members, "__reduce_ex__": reduce})
     MADE[derived] = cls
     return derived
 
 
 def _instance(maker: Callable[[type], type], cls: type) -> Any:
-    derived = maker(cls)
+    derived: Any = maker(cls)
     return derived.__new__(derived)
