@@ -109,7 +109,7 @@ def slow(name):
     return pytest.param(name, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", [slow(n) if n in ("a UNet", "a VAE") else n for n in MODELS])
+@pytest.mark.parametrize("name", [slow(name) if name.startswith("a ") else name for name in MODELS])
 def test_use_and_restore(name, fused):
     model, inputs = make(name), inputs_of(name)
     kinds = [type(module.processor) for module in attentions(model)]
@@ -132,14 +132,14 @@ def test_optimize_judges_each(name, fused):
     """Attention alone: the other layers have tests of their own."""
     model, inputs = make(name), inputs_of(name)
     rest = [nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.SiLU, nn.GELU]
-    rest += [nn.Dropout]
+    rest += [nn.Dropout, nn.Embedding]
     fastdl.optimize(model, inputs, exclude=rest)
     report = fastdl.report(model)
     assert report.proof.ok and not report.rolled_back
     assert len(report.replaced) == len(attentions(model))
     for site in report.replaced:
         assert site.op == "scaled_dot_product_attention" and site.route == "fused"
-        assert site.pattern in ("Attention", "FluxAttention") and site.after < 1e-5
+        assert site.pattern in ("Attention", "FluxAttention") and site.after < 1e-4
     assert not ran(lambda: fastdl.restore(model)(**inputs))[1]
 
 
@@ -150,11 +150,13 @@ def test_a_wrong_attention_is_rolled_back(monkeypatch):
         "scaled_dot_product_attention",
         lambda *args, **kwargs: attention(*args, **{**kwargs, "scale": 2.0}),
     )
-    model = make("DiT")
+    model, rest = make("Flux"), [nn.Linear, nn.RMSNorm]
     with fastdl.policy("definition"):  # as wrong, and soon
-        fastdl.optimize(model, inputs_of("DiT"), include=["*.attn1"], exclude=[nn.Linear])
-    (site,) = fastdl.report(model).rolled_back
-    assert site.name == "transformer_blocks.0.attn1" and "the error is too large" in site.reason
+        fastdl.optimize(model, inputs_of("Flux"), include=["*.attn"], exclude=rest)
+    names = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
+    rolled_back = fastdl.report(model).rolled_back
+    assert [site.name for site in rolled_back] == names
+    assert all("the error is too large" in site.reason for site in rolled_back)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
