@@ -117,7 +117,8 @@ def test_registry():
 def test_removing_gives_the_op_back(device):
     if device == "cuda":
         pytest.skip("without a GPU the op has no kernel, which shows that ours is gone")
-    torch_sdpa.install("CPU").remove()
+    installed = torch_sdpa.install("CPU")
+    installed.remove()
     with pytest.raises(NotImplementedError):
         OP(*(torch.randn(1, 1, 2, 8) for _ in range(3)))
 
