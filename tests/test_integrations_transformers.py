@@ -445,6 +445,7 @@ class Module(nn.Module):
     def __init__(self):
         super().__init__()
         self.config = transformers.LlamaConfig(attn_implementation="eager")
+        self.num_key_value_groups = 1
 
     def forward(self, x):
         function = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -455,6 +456,18 @@ class Module(nn.Module):
 
 ALL_ATTENTION_FUNCTIONS = transformers.AttentionInterface()
 eager_attention_forward = modeling_llama.eager_attention_forward
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_without_a_mask(kind, fused):
+    """sdpa is causal then, and eager attention sees all."""
+    module, x = Module(), torch.randn(1, 2, 5, 8)
+    module.config._attn_implementation = kind
+    theirs = module(x)
+    optimized(module)
+    ours, ops = ran(lambda: module(x))
+    assert ops == ["attention"]
+    torch.testing.assert_close(ours, theirs)
 
 
 def other_math(module, query, key, value, attention_mask, scaling=1.0, dropout=0.0, **kwargs):
