@@ -24,7 +24,7 @@ _VERBS = {
     "tune": "tuned.tune",
     "env": "_env",
 }
-_MODULES = ("contract", "nn", "optim", "optimize", "targets")
+_MODULES = ("contract", "integrations", "nn", "optim", "optimize", "targets")
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .._table import progress
+from . import libraries
 from ._judge import copied, insist_on_copies, no_trace
 from ._locate import culprit
 from .foreign import forget
@@ -152,6 +153,7 @@ def _survey(
     model: nn.Module, include: Selector | None = None, exclude: Selector | None = None
 ) -> list[_Match]:
     forget()
+    libraries.load()
     entries = {id(e.module): e for e in _walk(model, include, exclude)}
     groups: dict[int, list[_Match]] = {}
     for parent in model.modules():

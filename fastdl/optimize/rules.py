@@ -14,8 +14,9 @@ from torch.nn.utils import parametrize
 from .. import functional, nn as fused
 from ..nn.rnn import let_dynamo_enter
 from ..ops._route import FUSED_DTYPES, PLAIN
+from . import libraries
 from ._judge import copied
-from .foreign import form_of, original_class, recognise, with_form
+from .foreign import form_of, recognise, with_form
 from .sequential import Sequential
 
 # torch's class -> ours: every class of fastdl.nn that derives from one of torch's.
@@ -65,6 +66,9 @@ def examine(module: nn.Module) -> Finding | None:
 
 def _foreign(module: nn.Module, cls: type) -> Finding | None:
     """The finding for a module of a class that is not torch's."""
+    taken = libraries.examine(module, cls)
+    if taken is not None:
+        return Finding(cls.__name__, *taken)
     made = form_of(cls)
     if made is not None:
         return Finding(cls.__name__, made.op, cls)
@@ -171,7 +175,10 @@ def is_sequential(module: nn.Module) -> bool:
 
 
 def swap(module: nn.Module, target: type) -> None:
-    """Give a module one of our classes. Nothing else about it changes."""
+    """Give a module, or its part, one of our classes. Nothing else about it changes."""
+    if not issubclass(target, nn.Module):
+        libraries.swap_part(module, target)
+        return
     cls = type(module)
     under = _under(cls)
     if under is not target:
@@ -183,11 +190,11 @@ def swap(module: nn.Module, target: type) -> None:
 def swap_back(module: nn.Module) -> None:
     """Give a module the class it had."""
     cls = type(module)
-    original = (
-        ORIGINALS.get(cls) or _REMADE.get(cls) or (original_class(cls) if form_of(cls) else None)
-    )
+    original = ORIGINALS.get(cls) or libraries.MADE.get(cls) or _REMADE.get(cls)
     if original is not None:
         module.__class__ = original
+    for part in libraries.made_parts(module):
+        part.__class__ = libraries.MADE[type(part)]
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -199,5 +206,5 @@ def original(model: nn.Module) -> nn.Module:
 
 
 def is_ours(module: nn.Module) -> bool:
-    cls = _under(type(module))
-    return cls in ORIGINALS or form_of(cls) is not None
+    under = _under(type(module))
+    return under in ORIGINALS or under in libraries.MADE or bool(libraries.made_parts(module))

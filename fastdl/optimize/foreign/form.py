@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...nn._children import is_plain
 from ...ops.activation import BY_MODULE
+from ..libraries import MADE
 
 Draw = Callable[..., Tensor]
 Inputs = tuple[Tensor | None, ...]
@@ -21,7 +22,7 @@ Inputs = tuple[Tensor | None, ...]
 
 def original_class(cls: type) -> type:
     """The class that a class with a form was made of, else the class itself."""
-    return vars(cls).get("_fastdl_original", cls)
+    return MADE.get(cls, cls)
 
 
 def form_of(cls: type) -> "Form | None":

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...nn._children import is_plain
 from ...ops.activation import ACTIVATIONS, BY_MODULE, apply_definition
+from ..libraries import derive
 from .blocks import blocks
 from .form import Act, Form, original_class, parameters
 from .leaves import NAMES, Elementwise, Transposed, leaves
@@ -140,24 +141,8 @@ def with_form(cls: Any, form: Form) -> Any:
         found = NotImplemented if values is None else form.run(self, *values)
         return cls.forward(self, *args, **kwargs) if found is NotImplemented else found
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        # the class cannot be found by its name
-        function, args, *rest = cls.__reduce_ex__(self, protocol)
-        if args[:1] != (made,):
-            return function, args, *rest
-        return _new, (cls, form), *rest
-
-    body = {
-        "forward": forward,
-        "__reduce_ex__": reduce,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "_fastdl_original": cls,
-        "_fastdl_form": form,
-    }
-    made = type(cls.__name__, (cls,), body)
-    return made
+    members = {"forward": forward, "_fastdl_form": form}
+    return derive(cls, functools.partial(with_form, form=form), members)
 
 
 def _in_order(
@@ -169,8 +154,3 @@ def _in_order(
         return None
     values = (*args, *(kwargs.get(name, given[name]) for name in names))
     return None if any(value is inspect.Parameter.empty for value in values) else values
-
-
-def _new(cls: Any, form: Form) -> Any:
-    made = with_form(cls, form)
-    return made.__new__(made)
