@@ -165,9 +165,22 @@ def swap(module: nn.Module, target: type) -> None:
 def swap_back(module: nn.Module) -> None:
     """Give a module the class it had."""
     cls = type(module)
+    original = _without_ours(cls)
+    if original is not cls:
+        module.__class__ = original
+
+
+def _without_ours(cls: type) -> type:
+    """The class that was swapped; over it, once more, what torch generated over ours since, as
+    FSDP2 and parametrizations do.
+    """
     original = ORIGINALS.get(cls) or _REMADE.get(cls)
     if original is not None:
-        module.__class__ = original
+        return original
+    if not cls.__module__.startswith("torch."):
+        return cls  # a class that somebody wrote
+    bases = tuple(_without_ours(base) for base in cls.__bases__)
+    return cls if bases == cls.__bases__ else type(cls.__name__, bases, dict(vars(cls)))
 
 
 def is_ours(module: nn.Module) -> bool:
