@@ -429,10 +429,17 @@ def form(request):
         yield
 
 
+def _pairs():
+    """Each kind with each change. What takes long to build is quick for one kind only."""
+    for kind in KINDS:
+        for name in CHANGES:
+            long = name.startswith(("compiled", "scripted", "traced")) and kind != "sequential"
+            yield pytest.param(kind, name, marks=[pytest.mark.slow] if long else [])
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), _pairs())
 def test_a_change(kind, name, when, form):
     kind, change = KINDS[kind], CHANGES[name]
     original, x = kind.make(), torch.randn(kind.shape)
