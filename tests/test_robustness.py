@@ -5,85 +5,19 @@ import functools
 import io
 import pickle
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
+from tests.robustness import KINDS, Kind, assert_close, convolution, form, results
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fastdl
 
-
-class Modules(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.fc, self.act = nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()
-
-    def forward(self, x):
-        return x + self.act(self.fc(self.norm(x)))
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.attn(x, x, x, need_weights=False)[0]
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rnn = nn.LSTM(8, 8, batch_first=True)
-
-    def forward(self, x):
-        return self.rnn(x)[0]
-
-
-def mlp():
-    return nn.Sequential(
-        nn.Linear(8, 8), nn.GELU(), nn.Dropout(0.0), nn.Linear(8, 8), nn.ReLU()
-    )  # fmt: skip
-
-
-def encoder():
-    return nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
-
-
-def convolution():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-
-
-class Kind(NamedTuple):
-    """A model, the shape of its input, and those of its parameters that a change is made to."""
-
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    parameters: tuple[tuple[str, str], ...]
-
-    def targets(self, model):
-        return [(model.get_submodule(path), name) for path, name in self.parameters]
-
-
-ROWS = (2, 3, 8)
-KINDS = {
-    "modules": Kind(Modules, ROWS, (("fc", "weight"), ("norm", "weight"))),
-    "sequential": Kind(mlp, ROWS, (("0", "weight"), ("3", "weight"))),
-    "attention": Kind(
-        Attention, ROWS, (("attn", "in_proj_weight"),)
-    ),
-    "encoder": Kind(
-        encoder, ROWS, (("self_attn", "in_proj_weight"), ("linear1", "weight"), ("norm1", "weight"))
-    ),
-    "lstm": Kind(Recurrent, ROWS, (("rnn", "weight_hh_l0"),)),
-    "conv": Kind(convolution, (2, 3, 5, 5), (("0", "weight"), ("1", "weight"))),
-}  # fmt: skip
+__all__ = ["form"]  # the fixture
 
 # Changes of a model, as (model, kind) -> model.
 CHANGES: dict[str, Callable[[nn.Module, Kind], nn.Module]] = {}
-USES: dict[str, Callable] = {}
 
 
 def change(function):
@@ -397,36 +331,15 @@ CHANGES["fused_by_torch"] = _fused_by_torch
 # the matrix
 
 
-def results(model, x):
-    """Output, gradients and buffers of a run."""
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    x = x.to(dtype, copy=True).requires_grad_()
-    y = model(x)
-    y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).reshape(y.shape))
-    found = {"y": y.detach(), "dx": x.grad}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            found[f"d {name}"] = parameter.grad
-    model.zero_grad()
-    return found | {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
-
-
-def assert_close(found, expected):
-    # in bfloat16 torch's own parts are rounded between them
-    wide = {"rtol": 0.05, "atol": 0.05} if expected["y"].dtype is torch.bfloat16 else {}
-    torch.testing.assert_close(found, expected, **wide or {"rtol": 1e-4, "atol": 1e-5})
-
-
 def inside(model):
-    """All that a module has beside its class."""
-    return [(name, vars(module)) for name, module in model.named_modules()]
-
-
-@pytest.fixture(params=["definition", pytest.param("fused", marks=pytest.mark.slow)])
-def form(request):
-    """The kernels are slow to interpret, and what lies around them is the same for both."""
-    with fastdl.policy(request.param):
-        yield
+    """Every object that modules hold, and that their dicts of parameters, hooks and so on hold."""
+    held = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            held[name, key] = id(value)
+            if isinstance(value, dict):
+                held |= {(name, key, inner): id(kept) for inner, kept in value.items()}
+    return held
 
 
 def _pairs():
@@ -463,6 +376,6 @@ def test_a_change(kind, name, when, form):
         buffer.data.copy_(other)
     fastdl.restore(model)
     assert [str(type(module)) for module in model.modules()] == classes
-    assert all(a[1] is b[1] for a, b in zip(inside(model), kept, strict=True))
+    assert inside(model) == kept
     exact = {} if "own_forward" in name else {"rtol": 0, "atol": 0}  # it has kept what it was given
     torch.testing.assert_close(results(model, x), results(expected, x), **exact)

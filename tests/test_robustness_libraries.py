@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from tests.test_robustness import KINDS
+from tests.robustness import KINDS
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -110,7 +110,7 @@ def _through_a_checkpoint(model):
     """The state of all processes is written, spoilt, and read again."""
     options = StateDictOptions(full_state_dict=True)
     before = {name: whole(p).clone() for name, p in model.named_parameters()}
-    state = get_model_state_dict(model, options=options)
+    state = copy.deepcopy(get_model_state_dict(model, options=options))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from tests.test_robustness import KINDS, assert_close, form, mlp, results
+from tests.robustness import KINDS, assert_close, form, mlp, results
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
