@@ -91,6 +91,11 @@ def results(model, x):
     return found | {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
 
 
+def classes(model):
+    """The names of each module's class and those under it: torch makes some classes on its own."""
+    return [[str(cls) for cls in type(module).__mro__] for module in model.modules()]
+
+
 def assert_close(found, expected):
     # 3 units in the last place of bfloat16, in which torch rounds between the parts of an op
     wide = {"rtol": 0.025, "atol": 0.025} if expected["y"].dtype is torch.bfloat16 else {}
@@ -102,3 +107,15 @@ def form(request):
     """The kernels are slow to interpret, and what lies around them is the same for both."""
     with fastdl.policy(request.param):
         yield
+
+
+def cases(pairs, is_long):
+    """Pairs of a kind and what is done with it, in both forms; what takes long is slow.
+
+    Kernels of attention and recurrence take long to interpret: their own tests have them.
+    """
+    for kind, what in pairs:
+        slow = [pytest.mark.slow]
+        yield pytest.param(kind, what, "definition", marks=slow if is_long(kind, what) else [])
+        if kind in ("modules", "sequential", "conv"):
+            yield pytest.param(kind, what, "fused", marks=slow)

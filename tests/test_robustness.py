@@ -3,12 +3,13 @@
 import copy
 import functools
 import io
+import itertools
 import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
-from tests.robustness import KINDS, Kind, assert_close, convolution, form, results
+from tests.robustness import KINDS, Kind, assert_close, cases, classes, convolution, form, results
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -342,24 +343,22 @@ def inside(model):
     return held
 
 
-def _pairs():
-    """Each kind with each change. What takes long to build is quick for one kind only."""
-    for kind in KINDS:
-        for name in CHANGES:
-            long = name.startswith(("compiled", "scripted", "traced")) and kind != "sequential"
-            yield pytest.param(kind, name, marks=[pytest.mark.slow] if long else [])
+def _takes_long(kind, name):
+    return name.startswith("compiled") or (name in ("scripted", "traced") and kind != "sequential")
+
+
+PAIRS = itertools.product(KINDS, CHANGES)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize(("kind", "name"), _pairs())
+@pytest.mark.parametrize(("kind", "name", "form"), cases(PAIRS, _takes_long), indirect=["form"])
 def test_a_change(kind, name, when, form):
     kind, change = KINDS[kind], CHANGES[name]
     original, x = kind.make(), torch.randn(kind.shape)
     seeded = functools.partial(torch.manual_seed, 1)
     seeded()
     expected = change(copy.deepcopy(original), kind)
-    classes = [str(type(module)) for module in expected.modules()]
     wanted = results(expected, x)
 
     model = copy.deepcopy(original)
@@ -375,7 +374,7 @@ def test_a_change(kind, name, when, form):
     for buffer, other in zip(model.buffers(), expected.buffers(), strict=True):
         buffer.data.copy_(other)
     fastdl.restore(model)
-    assert [str(type(module)) for module in model.modules()] == classes
+    assert classes(model) == classes(expected)
     assert inside(model) == kept
     exact = {} if "own_forward" in name else {"rtol": 0, "atol": 0}  # it has kept what it was given
     torch.testing.assert_close(results(model, x), results(expected, x), **exact)

@@ -1,6 +1,7 @@
 """What users do with a model does the same with an optimized one."""
 
 import copy
+import itertools
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ import time
 
 import pytest
 import torch
-from tests.robustness import KINDS, assert_close, form, mlp, results
+from tests.robustness import KINDS, assert_close, cases, form, mlp, results
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -109,14 +110,16 @@ USES = [
     under_autocast,
 ]  # fmt: skip
 
-
 # what torch's recurrent modules cannot do, and ours can
 ONLY_OURS = {("lstm", one_by_one), ("lstm", ensemble), ("lstm", tangent)}
 
 
+PAIRS = [pair for pair in itertools.product(KINDS, USES) if pair not in ONLY_OURS]
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("kind", "use"), [(k, use) for k in KINDS for use in USES if (k, use) not in ONLY_OURS]
+    ("kind", "use", "form"), cases(PAIRS, lambda kind, use: use is exported), indirect=["form"]
 )
 def test_a_use(kind, use, form):
     original, model, x = twins(kind)
