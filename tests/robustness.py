@@ -114,8 +114,10 @@ def cases(pairs, is_long):
 
     Kernels of attention and recurrence take long to interpret: their own tests have them.
     """
+    found, slow = [], [pytest.mark.slow]
     for kind, what in pairs:
-        slow = [pytest.mark.slow]
-        yield pytest.param(kind, what, "definition", marks=slow if is_long(kind, what) else [])
+        marks = slow if is_long(kind, what) else []
+        found.append(pytest.param(kind, what, "definition", marks=marks))
         if kind in ("modules", "sequential", "conv"):
-            yield pytest.param(kind, what, "fused", marks=slow)
+            found.append(pytest.param(kind, what, "fused", marks=slow))
+    return found
