@@ -1,6 +1,6 @@
 """torch's modules on the fused ops: same constructors, same state, another forward."""
 
-from . import losses as losses
+from . import _torchscript, losses as losses
 from .activation import (
     CELU as CELU,
     ELU as ELU,
@@ -80,3 +80,5 @@ from .softmax import (
 
 if hasattr(losses, "LinearCrossEntropyLoss"):
     LinearCrossEntropyLoss = losses.LinearCrossEntropyLoss
+
+_torchscript.teach(globals().values())

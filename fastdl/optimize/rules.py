@@ -190,11 +190,24 @@ def swap(module: nn.Module, target: type) -> None:
 def swap_back(module: nn.Module) -> None:
     """Give a module the class it had."""
     cls = type(module)
-    original = ORIGINALS.get(cls) or libraries.MADE.get(cls) or _REMADE.get(cls)
-    if original is not None:
+    original = _without_ours(cls)
+    if original is not cls:
         module.__class__ = original
     for part in libraries.made_parts(module):
         part.__class__ = libraries.MADE[type(part)]
+
+
+def _without_ours(cls: type) -> type:
+    """The class that was swapped; over it, once more, what torch generated over ours since, as
+    FSDP2 and parametrizations do.
+    """
+    original = ORIGINALS.get(cls) or libraries.MADE.get(cls) or _REMADE.get(cls)
+    if original is not None:
+        return original
+    if not cls.__module__.startswith("torch."):
+        return cls  # a class that somebody wrote
+    bases = tuple(_without_ours(base) for base in cls.__bases__)
+    return cls if bases == cls.__bases__ else type(cls.__name__, bases, dict(vars(cls)))
 
 
 def original(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import nn as fused
 from ..nn._children import is_plain as is_plain, run_linear
+from ..nn._torchscript import scriptable
 from ..nn.conv import run_conv
 from ..nn.norm import run_batch_norm, run_group_norm
 from ..ops.activation import BY_MODULE
@@ -25,6 +26,7 @@ LAYERS: dict[type, Callable[..., Tensor]] = {
 }
 
 
+@scriptable
 class Sequential(nn.Sequential):
     """:class:`torch.nn.Sequential` that runs neighbours of fastdl's classes as one op.
 
