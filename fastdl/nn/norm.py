@@ -79,7 +79,12 @@ def run_group_norm(input: Tensor, norm: Any, activation: Activations = None) -> 
 
 
 def run_batch_norm(input: Tensor, norm: Any, activation: Activations = None) -> Tensor:
-    """activation(norm(input)), as one op. Counts batches as torch's module does."""
+    """activation(norm(input)), as one op."""
+    return F.batch_norm(input, *batch_norm_arguments(input, norm), activation=activation)
+
+
+def batch_norm_arguments(input: Tensor, norm: Any) -> tuple[Any, ...]:
+    """What `batch_norm` takes after its input. Counts batches as torch's module does."""
     norm._check_input_dim(input)
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
@@ -90,9 +95,7 @@ def run_batch_norm(input: Tensor, norm: Any, activation: Activations = None) -> 
     own = norm.training or (mean is None and var is None)
     if norm.training and not norm.track_running_stats:
         mean = var = None
-    return F.batch_norm(
-        input, mean, var, norm.weight, norm.bias, own, momentum, norm.eps, activation=activation
-    )
+    return mean, var, norm.weight, norm.bias, own, momentum, norm.eps
 
 
 def _run_instance_norm(input: Tensor, norm: Any) -> Tensor:

@@ -36,7 +36,7 @@ def tile_of(extent: Extent, size: int, device: Device) -> Config:
 def launch_finish(
     partial_sums: Tensor, parts: int, tail: Any, extent: Extent, options: Any, inside: bool
 ) -> None:
-    """`tail` is bias, residual, seed, y and z. y or z may be the memory of the one part."""
+    """`tail` is scale, bias, residual, seed, y and z. y or z may be the memory of the one part."""
     images, rows, columns, planes = extent
     config = tile_of(extent, 2048, device_of(partial_sums))
     tiles = images * cdiv(rows, config["BLOCK_M"]) * cdiv(columns, config["BLOCK_N"])

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,19 @@ from torch import Tensor, nn
 
 from .._table import lines as table
 from ..ops._route import policy
-from ._judge import Float64, NoDropout, Run, copied, eager, no_trace, run, widen, without_dropout
+from ._judge import (
+    Float64,
+    NoDropout,
+    Run,
+    copied,
+    eager,
+    fresh,
+    no_trace,
+    run,
+    tensors_in,
+    widen,
+    without_dropout,
+)
 from .rules import swap_back
 
 RULE = (
@@ -167,6 +179,8 @@ def prove(
             judged = _run(twin, args, kwargs, loss, judge)
             reference = _run(_reference(model_a), args, kwargs, loss)
         result = _run(copied(model_b), args, kwargs, loss)
+        if not any(module.training for module in model_b.modules()):
+            _add_inference(copied(model_b), args, kwargs, result, (reference, judged))
     return _compare_runs(reference, result, judged, judge.narrow)
 
 
@@ -191,6 +205,23 @@ def _run(
     without_dropout(twin)
     with NoDropout():
         return run(twin, args, kwargs, loss, mode, wide=judge is not None)
+
+
+def _add_inference(
+    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run, others: Iterable[Run]
+) -> None:
+    """What a model returns without gradients, which may be computed in another way, is compared
+    with the same outputs.
+    """
+    args, kwargs = fresh((args, kwargs))
+    with torch.no_grad():
+        found = tensors_in(twin(*args, **kwargs), "output")
+    for name, output in found:
+        quiet = f"{name} without gradients"
+        run.outputs[quiet] = output
+        for other in others:
+            if name in other.outputs:
+                other.outputs[quiet] = other.outputs[name]
 
 
 def _compare_runs(a: Run, b: Run, judge: Run, narrow: str | None) -> Proof:
