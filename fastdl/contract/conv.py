@@ -29,10 +29,12 @@ def call(
         taps = partial(t, scale=1 / math.sqrt(math.prod(weight[1:])))
         outs = weight[1] * options.get("groups", 1) if op is FF.conv_transpose2d else weight[0]
         given = (_drawn(t, x, last > 0), _drawn(taps, weight, last > 1), t(outs) if bias else None)
-        after = {} if residual is None else {"residual": _drawn(t, residual, last > 0)}
+        after: dict[str, Any] = {}
+        if residual is not None:
+            after["residual"] = _drawn(t, residual, last > 0)
         if norm is not None:
-            running = (None, None) if norm else statistics(outs, t)
-            after["norm"] = BatchNorm(*running, t(outs), t(outs), norm)
+            mean, var = (None, None) if norm else statistics(outs, t)
+            after["norm"] = BatchNorm(mean, var, t(outs), t(outs), norm)
         return partial(op, *given, **options, **after)
 
     return make
