@@ -287,7 +287,7 @@ def launch_affine(
     """scale and shift, in float32: the norm of x + before is x scale + shift."""
     n, device = mean.shape[0], device_of(mean)
     out = mean.new_empty((2, n), dtype=torch.float32)
-    config = Config({"BLOCK": 16 if device.backend == "interpreter" else 256}, 4, 1)
+    config = Config({"BLOCK": 16 if device.backend == "interpreter" else 256}, 1, 1)
     given = (factors.weight, factors.bias, mean, var, before)
     launch(
         CHANNELNORM_AFFINE, (cdiv(n, config["BLOCK"]),),
