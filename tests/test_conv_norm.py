@@ -1,6 +1,7 @@
 """Convolutions with the norms and activations around them, as models write them."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastdl.contract import DTYPES, Case, Maker
 from fastdl.contract.check_values import guarded_allocations
 from fastdl.contract.conv import STRIDED, UP, call
 from fastdl.contract.evaluate import FORWARD, LIBRARY_OPS, LibraryCalls, compare, run
+from fastdl.tuned import Config, forced
 
 # What computes each of these in the interpreter, where nothing needs a gradient.
 ROUTES = {
@@ -93,6 +95,24 @@ def test_one_pass_is_what_runs(case, device):
     assert device != "cpu" or names == ["channelnorm_affine", *ROUTES[case.name][0]]
     with fastdl.policy("definition"):
         assert y.stride() == given().stride()
+
+
+@pytest.mark.parametrize("variant", ["gemm", "persistent"])
+def test_a_kernel_of_1_on_the_other_ways_of_a_product(variant):
+    """Where a table names them."""
+    x, w, r = torch.randn(2, 16, 4, 2), torch.randn(32, 16, 1, 1) / 4, torch.randn(2, 32, 4, 2)
+    x, w, r = (t.half().contiguous(memory_format=torch.channels_last) for t in (x, w, r))
+    norm = (torch.randn(32), torch.rand(32) + 0.5, *torch.randn(2, 32))
+    blocks = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP": 8}
+    config = Config({} if variant == "gemm" else blocks, variant=variant)
+    call = partial(FF.conv2d, x, w, norm=norm, residual=r, activation="relu")
+    with forced("linear", torch.float16, (16, 32, 16), config):
+        names = [launch.kernel.name for launch in fastdl.explain(call).launches]
+        y = call()
+    last = "finish_fwd" if variant == "gemm" else "linear_persistent"
+    assert names == ["channelnorm_affine", last]
+    wanted = F.relu(F.batch_norm(F.conv2d(x.float(), w.float()), *norm) + r.float())
+    torch.testing.assert_close(y.float(), wanted, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("case", cases(["planes", "implicit, channels last"]))
