@@ -317,7 +317,7 @@ def check_same(ours, model, x):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 def test_the_graph_engine_counts(make, training, device):
     model, x = made(make, training, device)
@@ -337,7 +337,7 @@ def test_the_graph_engine_counts(make, training, device):
     check_same(torch.compile(copy.deepcopy(model), backend=fastdl.backend), model, x)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", [Dense, diffusion, network, generator], ids=lambda m: m.__name__)
 def test_the_module_engine_counts(make, training, device):
     model, x = made(make, training, device)
