@@ -1,6 +1,6 @@
 """Every launch configuration of the products on small integers, where every rounding is exact."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -67,7 +67,6 @@ def check_exact(case: Exact, device: str, repeats: int = REPEATS) -> dict[str, A
     """Compare with a product in fp64, bit by bit, so many times."""
     x, w, b, residual, want = integers(case, device)
     call = partial(FF.linear, x, w, b, activation="relu", residual=residual)
-    wrong = torch.zeros((), dtype=torch.int64, device=device)
     with (
         torch.no_grad(),
         fastdl.policy("fused", on_fallback="error"),
@@ -80,9 +79,15 @@ def check_exact(case: Exact, device: str, repeats: int = REPEATS) -> dict[str, A
         same = replace(launched, source=case.config.source) == case.config
         if not same and case.config.variant != "gemm":
             return {"ok": True, "applies": False, "says": "does not apply to these strides"}
-        for _ in range(repeats):
-            wrong += (call() != want).sum()
-    return {**verdict(int(wrong), repeats), "applies": True}
+        return {**repeated(call, want, repeats), "applies": True}
+
+
+def repeated(call: Callable[[], torch.Tensor], want: torch.Tensor, repeats: int) -> dict[str, Any]:
+    """What so many runs give, bit by bit."""
+    wrong = torch.zeros((), dtype=torch.int64, device=want.device)
+    for _ in range(repeats):
+        wrong += (call() != want).sum()
+    return verdict(int(wrong), repeats)
 
 
 def verdict(wrong: int, repeats: int) -> dict[str, Any]:
@@ -93,14 +98,7 @@ def verdict(wrong: int, repeats: int) -> dict[str, Any]:
 def integers(case: Exact, device: str) -> tuple[torch.Tensor, ...]:
     """Inputs of -1, 0 and 1, zeros so many that sums stay small, and relu(x Wᵀ + b) + residual."""
     M, N, K = case.sizes
-    dense = min(1.0, 25.0 / K**0.5)
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, low: int = -1, high: int = 1, keep: float = 1.0) -> torch.Tensor:
-        values = torch.randint(low, high + 1, shape, generator=generator)
-        kept = torch.rand(shape, generator=generator) < keep
-        return (values * kept).to(case.dtype).to(device)
-
+    draw, dense = drawing(case.dtype, device), dense_enough(K)
     x, w = draw(M, K, keep=dense), draw(N, K, keep=dense)
     b, residual = draw(N, low=-8, high=8), draw(M, N, low=-8, high=8)
     want = torch.relu(x.double() @ w.double().T + b.double()) + residual.double()
@@ -108,11 +106,31 @@ def integers(case: Exact, device: str) -> tuple[torch.Tensor, ...]:
     return x, w, b, residual, want.to(case.dtype)
 
 
+def dense_enough(K: int) -> float:
+    """The share of numbers that are not 0, so that sums of K products stay small."""
+    return min(1.0, 25.0 / K**0.5)
+
+
+def drawing(dtype: torch.dtype, device: str) -> Callable[..., torch.Tensor]:
+    """Whole numbers, the same in every type."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, low: int = -1, high: int = 1, keep: float = 1.0) -> torch.Tensor:
+        values = torch.randint(low, high + 1, shape, generator=generator)
+        kept = torch.rand(shape, generator=generator) < keep
+        return (values * kept).to(dtype).to(device)
+
+    return draw
+
+
 @contextmanager
 def fp32_products(tf32: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision

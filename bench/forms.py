@@ -169,9 +169,10 @@ def torch_linear_cross_entropy(
 def torch_conv(convolve: Form) -> Form:
     def form(
         input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any,
-        activation: Any = None, residual: Tensor | None = None, **options: Any,
+        activation: Any = None, residual: Tensor | None = None, norm: Any = None, **options: Any,
     ) -> Tensor:  # fmt: skip
         y = convolve(input, weight, bias, *rest, **options)
+        y = y if norm is None else F.batch_norm(y, *norm)
         return activated(y if residual is None else y + residual, activation)
 
     return form
@@ -293,7 +294,7 @@ def chunked_rivals(call: "partial[Any]", compiled: bool) -> dict[str, Form]:
 def conv_rivals(call: "partial[Any]", compiled: bool) -> dict[str, Form]:
     """cuDNN's single call, which torch has for relu: for inference."""
     options = call.keywords
-    simple = len(call.args) == 3 and options.get("activation") == "relu"
+    simple = len(call.args) == 3 and options.get("activation") == "relu" and "norm" not in options
     if not simple or call.args[2] is None or call.args[0].requires_grad:
         return {}
 

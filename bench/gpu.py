@@ -23,6 +23,7 @@ import fastdl
 from bench import rows, steps
 from bench.exact import check_exact, exact_cases
 from bench.exact_attention import attention_cases, check_attention
+from bench.exact_conv import check_conv, conv_cases
 from bench.machine import Host, better_ptxas, folder_name, machine
 from bench.store import RESULTS, Row, Store, provenance, read
 from fastdl.contract import SPECS, STEPS
@@ -69,9 +70,11 @@ def check_stage(context: Context) -> Iterator[tuple[str, Work]]:
 
 
 def exact_stage(context: Context) -> Iterator[tuple[str, Work]]:
-    """Every launch configuration of products and of attention on small integers, bit by bit."""
+    """Every launch configuration of products, convolutions and attention, bit by bit."""
     for case in exact_cases(context.facts):
         yield case.name, partial(check_exact, case, context.machine.device)
+    for layer in conv_cases(context.facts):
+        yield layer.name, partial(check_conv, layer, context.machine.device)
     for case in attention_cases(context.facts):
         yield case.name, partial(check_attention, case, context.machine.device)
 
@@ -127,7 +130,7 @@ def tune_stage(context: Context) -> Iterator[tuple[str, Work]]:
         return {"ok": bool(report.rows), "says": says, "table": table, "skipped": report.skipped}
 
     norms = ("layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward")
-    ops = ("linear", "attention", *norms)
+    ops = ("linear", "conv", "attention", *norms)
     for number, op in enumerate(ops):
         yield op, partial(work, op, len(ops) - number + 1)
 

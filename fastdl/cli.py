@@ -275,10 +275,34 @@ def _tune(args: argparse.Namespace) -> int:
 
 def _add_report(commands: Any) -> None:
     about = "show what was measured: the tables in bench/results"
-    _command(commands, "report", _report, about, "fastdl report")
+    parser = _command(commands, "report", _report, about, "fastdl report --routes")
+    parser.add_argument("--routes", action="store_true",
+        help="instead, who computes convolutions and recurrence, by what measurement")  # fmt: skip
+    parser.add_argument("--gpu", metavar="NAME", help="of --routes; default: the one here")
+    _json_option(parser)
+
+
+def _routes(args: argparse.Namespace) -> int:
+    from .ops import _launch
+
+    if not _launch.HAVE_TRITON:
+        _note("all of them are torch's: Triton is not installed")
+        return FAILED
+    from .targets.routes import HEADER, routes
+
+    found = routes(args.gpu)
+    if args.json:
+        print(found.to_json())
+    else:
+        show(HEADER, found.rows, found.gpu)
+    return 0
 
 
 def _report(args: argparse.Namespace) -> int:
+    if args.routes:
+        return _routes(args)
+    if args.gpu or args.json:
+        raise UsageError("--gpu and --json are options of --routes. Type: fastdl report --routes")
     results = (_checkout() or Path.cwd()) / "bench" / "results"
     shown = [path for path in sorted(results.glob("*/*.json")) if _show_results(path)]
     if not shown:

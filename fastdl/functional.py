@@ -10,6 +10,7 @@ from torch.nn.functional import (
 
 from .ops import (  # noqa: F401 - these fill the list of what people write
     attention_spellings as _attention_spellings,
+    conv_spellings as _conv_spellings,
     cross_entropy_spellings as _cross_entropy_spellings,
     glu_spellings as _glu_spellings,
     softmax_spellings as _softmax_spellings,

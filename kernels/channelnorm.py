@@ -122,6 +122,23 @@ def channelnorm_fwd(
 
 
 @triton.jit
+def channelnorm_affine(
+    weight_ptr, bias_ptr, mean_ptr, var_ptr, before_ptr, out_ptr,
+    n_channels, eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The norm of x + before is x scale + shift: scales of all channels, then their shifts."""
+    channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = channels < n_channels
+    mean, rstd = load_moments(mean_ptr, var_ptr, channels, mask, eps)
+    factor, offset = load_factors(weight_ptr, bias_ptr, None, None, channels, 0, 0, mask)
+    if before_ptr is not None:
+        mean -= load_tile(before_ptr, channels, mask)
+    tl.store(out_ptr + channels, rstd * factor, mask=mask)
+    tl.store(out_ptr + n_channels + channels, offset - mean * rstd * factor, mask=mask)
+
+
+@triton.jit
 def channelnorm_sums(
     dy_ptr, x_ptr, z_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, var_ptr,
     g_ptr, parts_ptr,

@@ -9,7 +9,7 @@ from .linear import split, tile_of
 
 @triton.jit
 def conv_fwd(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
     n_images, M, N, C, H, W, width, x_image, x_channel, x_row, x_col,
     stride_h, stride_w, pad_h, pad_w, apart_h, apart_w, a, b,
     ACT: tl.constexpr, PRECISION: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
@@ -57,11 +57,9 @@ def conv_fwd(
         cols = block_n * BLOCK_N + i * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         mask = (rows < total)[:, None] & (cols < N)[None, :]
         outs = group * N + cols
-        z = halves[i]
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + outs, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         finish(
-            z, offsets_of(image[:, None], position, outs, M, n_groups * N, PLANES), mask,
+            with_bias(halves[i], scale_ptr, bias_ptr, outs, cols < N),
+            offsets_of(image[:, None], position, outs, M, n_groups * N, PLANES), mask,
             rows, 0, residual_ptr, None, y_ptr, z_ptr,
             a, b, 0.0,
             ACT, True, BLOCK_N // 2,
@@ -70,7 +68,7 @@ def conv_fwd(
 
 @triton.jit
 def depthwise_fwd(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
     M, N, H, W, width, x_image, x_channel, x_row, x_col,
     stride_h, stride_w, pad_h, pad_w, apart_h, apart_w, a, b,
     ACT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MULTIPLE: tl.constexpr,
@@ -106,7 +104,8 @@ def depthwise_fwd(
 
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     finish(
-        with_bias(acc, bias_ptr, cols, N), offsets_of(image, rows, cols, M, N, PLANES), mask,
+        with_bias(acc, scale_ptr, bias_ptr, cols, cols < N),
+        offsets_of(image, rows, cols, M, N, PLANES), mask,
         rows, 0, residual_ptr, None, y_ptr, z_ptr,
         a, b, 0.0,
         ACT, True, BLOCK_N,

@@ -1,4 +1,5 @@
-"""What ends a product, in registers or in one pass over it: bias, residual, activation, dropout.
+"""What ends a product, in registers or in one pass over it: scale and bias, residual, activation,
+dropout.
 
 A tensor is images of M rows and N columns. Rows follow one another in memory, or columns do: then
 it is planes, as in NCHW, where a column is a channel.
@@ -48,15 +49,18 @@ def finish(
 
 
 @triton.jit
-def with_bias(z, bias_ptr, cols, N):
+def with_bias(z, scale_ptr, bias_ptr, cols, mask):
+    """z scale + bias, numbers of the columns."""
+    if scale_ptr is not None:
+        z *= tl.load(scale_ptr + cols, mask=mask, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        z += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)[None, :]
     return z
 
 
 @triton.jit
 def finish_fwd(
-    partial_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+    partial_ptr, scale_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
     n_images, M, N, n_parts, a, b, p,
     ACT: tl.constexpr, INSIDE: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -75,7 +79,8 @@ def finish_fwd(
         offsets = offsets_of(tl.cast(part, tl.int64) * n_images + image, rows, cols, M, N, PLANES)
         z += tl.load(partial_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     finish(
-        with_bias(z, bias_ptr, cols, N), offsets_of(image, rows, cols, M, N, PLANES), mask,
+        with_bias(z, scale_ptr, bias_ptr, cols, cols < N),
+        offsets_of(image, rows, cols, M, N, PLANES), mask,
         rows, first_col, residual_ptr, seed_ptr, y_ptr, z_ptr,
         a, b, p,
         ACT, INSIDE, BLOCK_N,

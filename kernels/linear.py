@@ -26,16 +26,16 @@ def split(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def epilogue(
-    z, rows, first_col, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+    z, rows, first_col, scale_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
     M, N, a, b, p,
     ACT: tl.constexpr, INSIDE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Finish a tile of z in registers: bias, activation, dropout, residual."""
+    """Finish a tile of z in registers: scale, bias, activation, dropout, residual."""
     cols = first_col + tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     offsets = rows[:, None] * N + cols[None, :]
     finish(
-        with_bias(z, bias_ptr, cols, N), offsets, mask,
+        with_bias(z, scale_ptr, bias_ptr, cols, cols < N), offsets, mask,
         rows, first_col, residual_ptr, seed_ptr, y_ptr, z_ptr,
         a, b, p,
         ACT, INSIDE, BLOCK_N,
@@ -44,7 +44,7 @@ def epilogue(
 
 @triton.jit
 def linear_fwd(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr, partial_ptr,
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr, partial_ptr,
     M, N, K, x_row, w_row, a, b, p,
     ACT: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -86,7 +86,7 @@ def linear_fwd(
     else:
         epilogue(
             acc, rows, block_n.to(tl.int64) * BLOCK_N,
-            bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+            scale_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
             M, N, a, b, p,
             ACT, INSIDE, BLOCK_N,
         )  # fmt: skip
@@ -94,7 +94,7 @@ def linear_fwd(
 
 @triton.jit
 def linear_persistent(
-    x_desc, weight_desc, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+    x_desc, weight_desc, scale_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
     M, N, K, a, b, p,
     ACT: tl.constexpr, INSIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -116,7 +116,7 @@ def linear_persistent(
             quarter = split(halves[i // 2], BLOCK_M, BLOCK_N // 2)[i % 2]
             epilogue(
                 quarter, rows, first_col + i * (BLOCK_N // 4),
-                bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
+                scale_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
                 M, N, a, b, p,
                 ACT, INSIDE, BLOCK_N // 4,
             )  # fmt: skip

@@ -1,6 +1,8 @@
 """The benchmark, without a GPU: its statistics, its rows, its stages and its suite."""
 
 import argparse
+import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +14,15 @@ from unittest import mock
 
 import pytest
 import torch
-from bench import error as error_module, exact_attention as exact_module, forms, gpu, rows, steps
+from bench import (
+    error as error_module,
+    exact_attention as exact_module,
+    exact_conv,
+    forms,
+    gpu,
+    rows,
+    steps,
+)
 from bench.attention import flex_form
 from bench.exact import Exact, check_exact, exact_cases, integers
 from bench.exact_attention import (
@@ -23,6 +33,7 @@ from bench.exact_attention import (
     attention_cases,
     check_attention,
 )
+from bench.exact_conv import LAYERS, Layer, check_conv, conv_cases
 from bench.interleave import Timer, host_timer, interleave, summarize
 from bench.machine import Gpu, Host, better_ptxas
 from bench.store import Store, code_digest, provenance
@@ -331,6 +342,46 @@ def test_exact_sees_a_wrong_element(monkeypatch):
     monkeypatch.setattr("bench.exact.integers", broken)
     config = next(iter(configs("linear", torch.float32, (8, 8, 8), H200)))
     row = check_exact(Exact(torch.float32, False, config, (8, 8, 8)), "cpu", repeats=2)
+    assert not row["ok"] and row["wrong"] == 2
+
+
+SMALL_LAYERS = (
+    Layer("tails", (2, 32, 5, 7), (20, 32, 2, 3), stride=2, padding=(1, 1), norm=True),
+    Layer("groups", (2, 32, 5, 4), (36, 16, 2, 2), padding=(0, 1), dilation=2, groups=2),
+)
+
+
+@pytest.mark.parametrize("layer", SMALL_LAYERS, ids=lambda layer: layer.name)
+def test_configurations_of_convolutions_are_exact(layer):
+    for case in list(conv_cases(H200, (layer,)))[::3]:
+        row = check_conv(case, "cpu", repeats=1)
+        assert row["ok"], (case.name, row)
+
+
+def test_exact_cases_cover_every_configuration_of_convolutions():
+    cases = list(conv_cases(H200))
+    assert len({case.name for case in cases}) == len(cases)
+    for op, dtype in itertools.product(("conv", "conv_nchw"), (torch.bfloat16, torch.float32)):
+        for config in configs(op, dtype, (64, 64, 64, 9), H200):
+            found = [c for c in cases if (c.op, c.dtype, c.config) == (op, dtype, config)]
+            assert len(found) == (len(LAYERS) if config.variant == "implicit" else 0)
+
+
+def test_exact_sees_what_is_wrong_with_a_convolution(monkeypatch):
+    case = next(conv_cases(H200, SMALL_LAYERS[:1]))
+    other = case._replace(config=dataclasses.replace(case.config, num_warps=1))
+    monkeypatch.setattr(exact_conv, "forced", lambda *args: forced(*args[:3], other.config))
+    assert check_conv(case, "cpu", repeats=1)["says"].startswith("launched as conv_fwd")
+    monkeypatch.undo()
+    whole = exact_conv.integers
+
+    def broken(case, device):
+        call, want = whole(case, device)
+        want[0, 0, 0, 0] += 1
+        return call, want
+
+    monkeypatch.setattr(exact_conv, "integers", broken)
+    row = check_conv(case, "cpu", repeats=2)
     assert not row["ok"] and row["wrong"] == 2
 
 

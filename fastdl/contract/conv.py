@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as FF, nn as fnn
+from ..ops.conv_norm import BatchNorm
+from .batchnorm import statistics
 from .case import BadCall, BenchCase, Case, Maker, Spec
 
 Shape = tuple[int, ...]
@@ -17,17 +19,23 @@ Shape = tuple[int, ...]
 
 def call(
     x: Shape, weight: Shape, op: Callable[..., Tensor] = FF.conv2d, bias: bool = True,
-    residual: Shape | None = None, last: int = 0, **options: Any,
+    residual: Shape | None = None, last: int = 0, norm: bool | None = None, **options: Any,
 ) -> "Callable[[Maker], partial[Any]]":  # fmt: skip
-    """`last`: the input, or input and weight, have their channels last; so have all results."""
+    """`last`: the input, or input and weight, have their channels last; so have all results. With a
+    batch norm, `norm` says whether it trains.
+    """
 
     def make(t: Maker) -> "partial[Any]":
         taps = partial(t, scale=1 / math.sqrt(math.prod(weight[1:])))
         outs = weight[1] * options.get("groups", 1) if op is FF.conv_transpose2d else weight[0]
         given = (_drawn(t, x, last > 0), _drawn(taps, weight, last > 1), t(outs) if bias else None)
-        if residual is None:
-            return partial(op, *given, **options)
-        return partial(op, *given, **options, residual=_drawn(t, residual, last > 0))
+        after: dict[str, Any] = {}
+        if residual is not None:
+            after["residual"] = _drawn(t, residual, last > 0)
+        if norm is not None:
+            mean, var = (None, None) if norm else statistics(outs, t)
+            after["norm"] = BatchNorm(mean, var, t(outs), t(outs), norm)
+        return partial(op, *given, **options, **after)
 
     return make
 
@@ -72,6 +80,10 @@ CASES = [
     Case("one dimension, depthwise", "channels of a line", call((2, 6, 41), (6, 1, 4), FF.conv1d, padding=3, groups=6), exact=True, spelled=True),
     Case("no batch", "an image alone", call((3, 9, 8), (6, 3, 3, 3), residual=(6, 7, 6), activation="relu"), exact=True),
     Case("broadcast residual", "a residual that torch would broadcast", call((2, 3, 5, 4), (4, 3, 3, 3), residual=(4, 1, 1), activation="gelu")),
+    Case("norm", "given statistics before a residual", call((2, 3, 9, 8), (11, 3, 3, 3), norm=False, residual=(2, 11, 7, 6), activation="relu"), spelled=True),
+    Case("norm, implicit", "given statistics without a bias", call((2, 36, 7, 5), (20, 18, 2, 2), bias=False, norm=False, activation="silu", **STRIDED), spelled=True),
+    Case("norm, transposed", "given statistics of a group", call((2, 6, 5, 4), (6, 3, 3, 3), groups=2, norm=False, **UP), spelled=True),
+    Case("norm, training", "statistics of a batch", call((3, 6, 11), (8, 6, 3), FF.conv1d, norm=True, activation="relu")),
     Case("module and residual", "a module that kernels do not know", prelu),
 ]  # fmt: skip
 
@@ -107,7 +119,7 @@ BAD_CALLS = [
 
 def bench(
     name: str, x: Shape, weight: Shape, backward: bool = False, transposed: bool = False,
-    residual: bool = False, **options: Any,
+    residual: bool = False, norm: bool | None = None, **options: Any,
 ) -> BenchCase:  # fmt: skip
     """Bytes of 16-bit tensors, each once, and flops of the products."""
     stride, padding = options.get("stride", 1), options.get("padding", 0)
@@ -125,9 +137,10 @@ def bench(
         # two products of the same size; x, dy, z and the weight read, dz written and read twice
         bytes, flops = bytes + 2 * (2 * n_x + 2 * n_w + 5 * n_y), 3 * flops
     words = [name, "x".join(map(str, x)), "k" + "x".join(map(str, weight[2:]))]
-    words += [str(options.get("activation") or "")] + ["residual"] * residual
+    words += ["norm"] * (norm is not None) + [str(options.get("activation") or "")]
+    words += ["residual"] * residual
     words += ["last"] * bool(options.get("last")) + ["backward"] * backward
-    make = call(x, weight, residual=shape if residual else None, **options)
+    make = call(x, weight, residual=shape if residual else None, norm=norm, **options)
     return BenchCase(" ".join(filter(None, words)), make, bytes, flops, backward=backward)
 
 
@@ -143,6 +156,10 @@ BENCH = [
     bench("resnet", (64, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3, **RELU, **LAST),
     bench("resnet", (64, 64, 56, 56), (256, 64, 1, 1), residual=True, **RELU, **LAST),
     bench("resnet", (64, 64, 56, 56), (256, 64, 1, 1), residual=True, **RELU),
+    bench("resnet", X3, W3, padding=1, norm=False, **RELU, **LAST),
+    bench("resnet", X3, W3, padding=1, norm=False, **RELU),
+    bench("resnet", (64, 64, 56, 56), (256, 64, 1, 1), norm=False, residual=True, **RELU, **LAST),
+    bench("mobilenet", (64, 96, 56, 56), (96, 1, 3, 3), padding=1, groups=96, norm=False, activation="relu6", **LAST),
     bench("convnext", (64, 96, 56, 56), (96, 1, 7, 7), padding=3, groups=96, **LAST),
     bench("convnext", (64, 384, 14, 14), (384, 1, 7, 7), padding=3, groups=384, **LAST),
     bench("convnext", (64, 96, 56, 56), (96, 1, 7, 7), padding=3, groups=96),

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as FF
+from .norm import batch_norm_arguments
 
 
 class Conv1d(nn.Conv1d):
@@ -33,12 +34,15 @@ def run_conv(
     input: Tensor,
     conv: Any,
     activation: Any = None,
+    norm: Any = None,
     residual: Tensor | None = None,
     output_size: list[int] | None = None,
 ) -> Tensor:
-    """activation(conv(input) + residual), as one op."""
+    """activation(norm(conv(input)) + residual), as one op; the norm is a module of batch norm."""
     given: Any = (conv.weight, conv.bias, conv.stride)
     kept: Any = {"activation": activation, "residual": residual}
+    if norm is not None:
+        kept["norm"] = batch_norm_arguments(input, norm)
     if conv.transposed:
         after = conv._output_padding(
             input, output_size, conv.stride, conv.padding, conv.kernel_size, 2, conv.dilation

@@ -88,7 +88,13 @@ def run_group_norm(
 def run_batch_norm(
     input: Tensor, norm: Any, activation: Activations = None, residual: Tensor | None = None
 ) -> Tensor:
-    """activation(norm(input) + residual), as one op. Counts batches as torch's module does."""
+    """activation(norm(input) + residual), as one op."""
+    given = batch_norm_arguments(input, norm)
+    return F.batch_norm(input, *given, activation=activation, residual=residual)
+
+
+def batch_norm_arguments(input: Tensor, norm: Any) -> tuple[Any, ...]:
+    """What `batch_norm` takes after its input. Counts batches as torch's module does."""
     norm._check_input_dim(input)
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
@@ -99,10 +105,7 @@ def run_batch_norm(
     own = norm.training or (mean is None and var is None)
     if norm.training and not norm.track_running_stats:
         mean = var = None
-    return F.batch_norm(
-        input, mean, var, norm.weight, norm.bias, own, momentum, norm.eps,
-        activation=activation, residual=residual,
-    )  # fmt: skip
+    return mean, var, norm.weight, norm.bias, own, momentum, norm.eps
 
 
 def _run_instance_norm(input: Tensor, norm: Any) -> Tensor:

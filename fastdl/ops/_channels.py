@@ -27,6 +27,7 @@ GROUPNORM_BWD = Kernel("groupnorm.groupnorm_bwd")
 CHANNELNORM_MOMENTS = Kernel("channelnorm.channelnorm_moments")
 CHANNELNORM_MERGE = Kernel("channelnorm.channelnorm_merge")
 CHANNELNORM_FWD = Kernel("channelnorm.channelnorm_fwd")
+CHANNELNORM_AFFINE = Kernel("channelnorm.channelnorm_affine")
 CHANNELNORM_SUMS = Kernel("channelnorm.channelnorm_sums")
 CHANNELNORM_MERGE_SUMS = Kernel("channelnorm.channelnorm_merge_sums")
 CHANNELNORM_DX = Kernel("channelnorm.channelnorm_dx")
@@ -278,6 +279,22 @@ def _launch_tiles(
         shape.channels, shape.pixels, *shape.strides, blocks, shape.stat_n, shape.group_channels,
         *factors.strides, eps, a, b, ACT=name, config=config,
     )  # fmt: skip
+
+
+def launch_affine(
+    factors: Factors, mean: Tensor, var: Tensor, before: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """scale and shift, in float32: the norm of x + before is x scale + shift."""
+    n, device = mean.shape[0], device_of(mean)
+    out = mean.new_empty((2, n), dtype=torch.float32)
+    config = Config({"BLOCK": 16 if device.backend == "interpreter" else 256}, 1, 1)
+    given = (factors.weight, factors.bias, mean, var, before)
+    launch(
+        CHANNELNORM_AFFINE, (cdiv(n, config["BLOCK"]),),
+        *map(dense, given), out,
+        n, eps, config=config,
+    )  # fmt: skip
+    return out[0], out[1]
 
 
 class Given(NamedTuple):

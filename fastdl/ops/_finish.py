@@ -36,9 +36,10 @@ def tile_of(extent: Extent, size: int, device: Device) -> Config:
 def launch_finish(
     partial_sums: Tensor, parts: int, tail: Any, extent: Extent, options: Any, inside: bool
 ) -> None:
-    """`tail` is bias, residual, seed, y and z. y or z may be the memory of the one part."""
+    """`tail` is scale, bias, residual, seed, y and z. y or z may be the memory of the one part."""
     images, rows, columns, planes = extent
-    config = tile_of(extent, 2048, device_of(partial_sums))
+    # 16 elements a thread do not fit in registers where short planes begin anywhere
+    config = tile_of(extent, 1024 if planes else 2048, device_of(partial_sums))
     tiles = images * cdiv(rows, config["BLOCK_M"]) * cdiv(columns, config["BLOCK_N"])
     name, a, b, p = options
     launch(

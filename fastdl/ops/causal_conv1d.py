@@ -70,7 +70,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y, z = _like(x, weight, bias, padding, name, a, b, keep)
     geometry = Geometry([1, 1], [0, padding], [1, 1], False, [0, 0], x.shape[1])
-    tail = (None if bias is None else bias.contiguous(), None, y, z if keep else None)
+    tail = (None, None if bias is None else bias.contiguous(), None, y, z if keep else None)
     taps = weight[:, None, None]
     launch_depthwise(in_2d(x), taps, tail, in_2d(y), geometry, (name, a, b))
     return y, z

@@ -1,7 +1,6 @@
 """Convolutions with what follows them: act(conv(x) + b + residual)."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import (
-    SPELLINGS,
     LibraryOp,
     Op,
-    Spelling,
     autocast_to_lower,
     differentiating,
     gradients,
@@ -20,16 +17,15 @@ from ._op import (
 )
 from ._route import Reason
 from .activation import (
-    ACTIVATIONS,
     Activations,
     activation as apply_activation,
     apply_definition,
     at_output,
     lower,
-    spelled,
-    with_parameters,
 )
+from .batchnorm import batch_norm
 from .conv_launch import Geometry, allocate, are_last, arranged, begin_backward, run_forward
+from .conv_norm import BatchNorm, Norm, in_one_pass
 
 Sizes = int | Sequence[int]
 
@@ -182,31 +178,31 @@ OP = Op("conv", definition, ConvFunction, _inference)
 def conv1d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Sizes = 1,
     padding: Sizes | str = 0, dilation: Sizes = 1, groups: int = 1, *,
-    activation: Activations = None, residual: Tensor | None = None,
+    activation: Activations = None, residual: Tensor | None = None, norm: Norm | None = None,
 ) -> Tensor:  # fmt: skip
-    """act(conv1d(input, weight) + bias + residual)."""
+    """act(norm(conv1d(input, weight) + bias) + residual)."""
     given = Given("conv1d", 1, stride, padding, dilation, groups)
-    return _run(given, input, weight, bias, activation, residual)
+    return _run(given, input, weight, bias, activation, residual, norm)
 
 
 def conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Sizes = 1,
     padding: Sizes | str = 0, dilation: Sizes = 1, groups: int = 1, *,
-    activation: Activations = None, residual: Tensor | None = None,
+    activation: Activations = None, residual: Tensor | None = None, norm: Norm | None = None,
 ) -> Tensor:  # fmt: skip
-    """act(conv2d(input, weight) + bias + residual)."""
+    """act(norm(conv2d(input, weight) + bias) + residual)."""
     given = Given("conv2d", 2, stride, padding, dilation, groups)
-    return _run(given, input, weight, bias, activation, residual)
+    return _run(given, input, weight, bias, activation, residual, norm)
 
 
 def conv_transpose2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Sizes = 1,
     padding: Sizes = 0, output_padding: Sizes = 0, groups: int = 1, dilation: Sizes = 1, *,
-    activation: Activations = None, residual: Tensor | None = None,
+    activation: Activations = None, residual: Tensor | None = None, norm: Norm | None = None,
 ) -> Tensor:  # fmt: skip
-    """act(conv_transpose2d(input, weight) + bias + residual)."""
+    """act(norm(conv_transpose2d(input, weight) + bias) + residual)."""
     given = Given("conv_transpose2d", 2, stride, padding, dilation, groups, output_padding)
-    return _run(given, input, weight, bias, activation, residual)
+    return _run(given, input, weight, bias, activation, residual, norm)
 
 
 class Given(NamedTuple):
@@ -270,7 +266,7 @@ class Given(NamedTuple):
 
 def _run(
     given: Given, input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activations,
-    residual: Tensor | None,
+    residual: Tensor | None, norm: Norm | None,
 ) -> Tensor:  # fmt: skip
     options, module = lower(given.op, activation)
     input, weight, bias = autocast_to_lower(input, weight, bias)
@@ -282,9 +278,19 @@ def _run(
         # an even kernel takes one more of the far side
         x = F.pad(x, [side for n in reversed(more) for side in (0, n)])
     shape = _check_extents(given, geometry, x, weight)
-    if residual is not None and (
-        module is not None or residual.dtype != x.dtype or list(residual.shape) != shape[single:]
-    ):
+    joins = residual is None or (
+        residual.dtype == x.dtype and list(residual.shape) == shape[single:]
+    )
+    if norm is not None:
+        norm, y = BatchNorm(*norm), None
+        if joins and not single and module is None:
+            y = in_one_pass(x, weight, bias, residual, geometry, norm, options)
+        if y is None:
+            z = OP(x, weight, bias, None, *geometry, "none", 0.0, 0.0)
+            z = z.squeeze(0) if single else z
+            y = batch_norm(z, *norm, activation=activation, residual=residual)
+        return y
+    if residual is not None and (module is not None or not joins):
         # it is broadcast or promoted, or what follows is torch's
         z = OP(x, weight, bias, None, *geometry, "none", 0.0, 0.0)
         return apply_activation((z.squeeze(0) if single else z) + residual, activation)
@@ -330,38 +336,3 @@ def _check_extents(given: Given, geometry: Geometry, x: Tensor, weight: Tensor) 
             f" {geometry.padding}; the kernel must fit into the padded input"
         )
     return shape
-
-
-def _spell(op: Callable[..., Any], act: Any, name: str, adds: bool) -> Spelling:
-    """The op with this way to write its activation, and a residual before it or none."""
-    function = getattr(F, op.__name__)
-
-    def convolved(args: Any, residual: Any, a: Any, b: Any) -> Tensor:
-        z = function(*args)
-        return act(z + residual if adds else z, a, b)
-
-    def fused(args: Any, residual: Any, a: Any, b: Any) -> partial[Any]:
-        activation = None if name == "none" else with_parameters(name, a, b)
-        options = {"activation": activation, "residual": residual}
-        return partial(op, *args, **{k: v for k, v in options.items() if v is not None})
-
-    if op is conv_transpose2d:
-        return Spelling(
-            lambda x, w, bias, s, p, o, g, d, r, a, b: convolved(
-                (x, w, bias, s, p, o, g, d), r, a, b
-            ),
-            lambda x, w, bias, s, p, o, g, d, r, a, b: fused((x, w, bias, s, p, o, g, d), r, a, b),
-        )
-    return Spelling(
-        lambda x, w, bias, s, p, d, g, r, a, b: convolved((x, w, bias, s, p, d, g), r, a, b),
-        lambda x, w, bias, s, p, d, g, r, a, b: fused((x, w, bias, s, p, d, g), r, a, b),
-    )
-
-
-SPELLINGS.extend(
-    _spell(op, act, name, adds)
-    for op in (conv1d, conv2d, conv_transpose2d)
-    for name in ACTIVATIONS
-    for act in spelled(name)
-    for adds in (False, True)
-)

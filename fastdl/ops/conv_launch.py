@@ -147,20 +147,20 @@ _tuned.CANDIDATES["conv_nchw"] = lambda dtype, sizes, device: candidates(dtype, 
 
 def run_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry,
-    options: Any, keep: bool,
+    options: Any, keep: bool, scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """act(conv(x) + b + residual), and what is in the brackets if it is to be kept."""
+    """act(scale conv(x) + b + residual), and what is in the brackets if it is to be kept."""
     last = are_last(x, weight)
     flat, x4, weight4 = geometry.flat(), in_2d(x), in_2d(weight)
     config = choose(x4, weight4, flat.output_shape(x4, weight4), flat, last)
     if config.variant == "vendor":
-        return _vendor(x, weight, bias, residual, geometry, options, keep)
+        return _vendor(x, weight, bias, residual, geometry, options, keep, scale)
     if config.variant == "pointwise":
-        return _pointwise(x, weight, bias, residual, options, keep)
+        return _pointwise(x, weight, bias, residual, options, keep, scale)
     y = allocate(x, geometry.output_shape(x, weight), last)
     z = torch.empty_like(y) if keep else None
     tail = (
-        None if bias is None else bias.contiguous(),
+        scale, None if bias is None else bias.contiguous(),
         None if residual is None else same_layout(residual, y),
         y, z,
     )  # fmt: skip
@@ -176,18 +176,18 @@ def in_2d(t: Tensor) -> Tensor:
 
 def _vendor(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry,
-    options: Any, keep: bool,
+    options: Any, keep: bool, scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """torch's convolution, and one pass over it if anything is left to do."""
     name, *parameters = options
-    plain = name == "none" and residual is None
+    plain = name == "none" and residual is None and scale is None
     z = torch.convolution(x, weight, bias if plain else None, *geometry)
     z = arranged(z, are_last(x, weight))
     if plain:
         return z, z.new_empty(0)
     y = torch.empty_like(z) if keep else z
     tail = (
-        None if bias is None else bias.contiguous(),
+        scale, None if bias is None else bias.contiguous(),
         None if residual is None else same_layout(residual, z),
         None, y, z if keep and not (bias is None and residual is None) else None,
     )  # fmt: skip
@@ -197,12 +197,12 @@ def _vendor(
 
 def _pointwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Any,
-    keep: bool,
+    keep: bool, scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     residual = None if residual is None else residual.permute(0, 2, 3, 1)
     y, z = product(
         x.permute(0, 2, 3, 1), weight.flatten(1), bias, residual, None, (*options, 0.0), keep,
-        Finish(inside=True, tf32=tf32()),
+        Finish(inside=True, tf32=tf32()), scale,
     )  # fmt: skip
     return y.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2) if keep else z
 
@@ -227,7 +227,7 @@ def launch_depthwise(
     x: Tensor, weight: Tensor, tail: Any, y: Tensor, geometry: Geometry, options: Any,
     config: Config = DEPTHWISE,
 ) -> None:  # fmt: skip
-    """`tail` is bias, residual, y and z. Positions of y may be fewer than the padding allows."""
+    """`tail` is scale, bias, residual, y and z. y may have fewer positions than padding allows."""
     outs, _, KH, KW = weight.shape
     extent = extent_of(y)
     # taps that lie apart are read one by one, and many of them at a time take registers

@@ -200,18 +200,18 @@ class Finish(NamedTuple):
 
 def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
-    options: Any, keep: bool, how: Finish,
+    options: Any, keep: bool, how: Finish, scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The op on rows, and what is kept for backward."""
+    """The op on rows, and what is kept for backward. `scale` is of the columns, before the bias."""
     rows, N = _matrix(x), weight.shape[0]
     M, K = rows.shape
     config = choose(M, N, K, x.dtype, device_of(x), _layout(rows, weight), how.tf32)
     residual = None if residual is None else residual.contiguous()
     if config.variant == "gemm":
-        return _forward_gemm(x, weight, bias, residual, seed, options, keep, how)
+        return _forward_gemm(x, weight, bias, residual, seed, options, keep, how, scale)
     y, z = _like(x, weight, bias, residual, seed, *options, keep)
     bias = None if bias is None else bias.contiguous()
-    tail = (bias, residual, seed, y, z if keep else None)
+    tail = (scale, bias, residual, seed, y, z if keep else None)
     run = _launch_persistent if config.variant == "persistent" else _launch_tiles
     run(rows, weight, tail, (M, N, K), options, how, config)
     return y, z
@@ -219,15 +219,17 @@ def product(
 
 def _forward_gemm(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
-    options: Any, keep: bool, how: Finish,
+    options: Any, keep: bool, how: Finish, scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """torch's product, and one pass over it if anything is left to do."""
-    z = F.linear(x, weight, bias)
-    if options[0] == "none" and seed is None and residual is None:
+    z = F.linear(x, weight, bias if scale is None else None)
+    if options[0] == "none" and seed is None and residual is None and scale is None:
         return z, z.new_empty(0)
     y = torch.empty_like(z)
     # a residual inside of the activation is part of what is kept
-    tail = (None, residual, seed, y, z if keep and how.inside and residual is not None else None)
+    keeps = keep and how.inside and residual is not None
+    bias = None if scale is None else bias
+    tail = (scale, bias, residual, seed, y, z if keeps else None)
     launch_finish(z, 1, tail, Extent(1, _rows(z), z.shape[-1]), options, how.inside)
     return y, z if keep else z.new_empty(0)
 

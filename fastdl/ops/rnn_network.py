@@ -1,6 +1,6 @@
 """LSTM, GRU and plain recurrent networks: layers, directions, and what torch calls them with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -290,6 +290,13 @@ def _cell(
     return tuple(h[0] for h in network.fused()[1])
 
 
+def _next_h(mode: str, vendor: Callable[..., Tensor], *given: Any) -> Tensor:
+    """A cell whose state is h alone."""
+    input, hx, *weights = given
+    found = _cell(mode, input, (hx,), *weights)
+    return vendor(*given) if found is None else found[0]
+
+
 def lstm_cell(
     input: Tensor,
     hx: tuple[Tensor, Tensor],
@@ -312,8 +319,7 @@ def gru_cell(
     b_hh: Tensor | None = None,
 ) -> Tensor:
     """The next h."""
-    found = _cell("gru", input, (hx,), w_ih, w_hh, b_ih, b_hh)
-    return torch.gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh) if found is None else found[0]
+    return _next_h("gru", torch.gru_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def rnn_tanh_cell(
@@ -325,8 +331,7 @@ def rnn_tanh_cell(
     b_hh: Tensor | None = None,
 ) -> Tensor:
     """The next h."""
-    found = _cell("tanh", input, (hx,), w_ih, w_hh, b_ih, b_hh)
-    return torch.rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih, b_hh) if found is None else found[0]
+    return _next_h("tanh", torch.rnn_tanh_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def rnn_relu_cell(
@@ -338,5 +343,4 @@ def rnn_relu_cell(
     b_hh: Tensor | None = None,
 ) -> Tensor:
     """The next h."""
-    found = _cell("relu", input, (hx,), w_ih, w_hh, b_ih, b_hh)
-    return torch.rnn_relu_cell(input, hx, w_ih, w_hh, b_ih, b_hh) if found is None else found[0]
+    return _next_h("relu", torch.rnn_relu_cell, input, hx, w_ih, w_hh, b_ih, b_hh)

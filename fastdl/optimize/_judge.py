@@ -131,17 +131,13 @@ def run(
     mode: contextlib.AbstractContextManager[Any],
     wide: bool = False,
 ) -> Run:
-    """One forward and one backward pass in a mode, from the same seed each time."""
+    """One forward and one backward pass in a mode, from the same seed each time. A model in eval
+    also runs without gradients, where it may compute in another way.
+    """
     leaves: dict[str, Tensor] = {}
-    args, kwargs = fresh((args, kwargs), leaves, wide)
-    random.seed(0)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(0)
-    torch.default_generator.manual_seed(0)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(0)
+    given = fresh((args, kwargs), leaves, wide)
     with mode:
-        output = model(*args, **kwargs)
+        output = _call(model, given)
     outputs = dict(tensors_in(output, "output"))
     if not outputs:
         raise ValueError(f"verify: no tensor in what the model returns, a {type(output).__name__}")
@@ -151,8 +147,24 @@ def run(
         plain_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad
     }
     gradients |= {name: leaf.grad for name, leaf in leaves.items()}
-    buffers = {f"buffer {plain_name(name)}": b for name, b in model.named_buffers()}
-    return Run({name: t.detach() for name, t in (outputs | buffers).items()}, gradients)
+    found = {name: t.detach() for name, t in outputs.items()}
+    found |= {f"buffer {plain_name(n)}": b.detach().clone() for n, b in model.named_buffers()}
+    if not any(module.training for module in model.modules()):
+        with mode, torch.no_grad():
+            output = _call(model, fresh((args, kwargs), wide=wide))
+        found |= {f"{name} without gradients": t for name, t in tensors_in(output, "output")}
+    return Run(found, gradients)
+
+
+def _call(model: nn.Module, given: Any) -> Any:
+    args, kwargs = given
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
+    return model(*args, **kwargs)
 
 
 def plain_name(name: str) -> str:

@@ -93,7 +93,11 @@ def _alone(modules: list[nn.Module]) -> nn.Module:
         module._forward_pre_hooks.clear()
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
-    return copies[0] if len(copies) == 1 else Sequential(*copies).train(copies[0].training)
+    if len(copies) == 1:
+        return copies[0]
+    unit = Sequential(*copies)
+    unit.training = copies[0].training  # its members keep theirs
+    return unit
 
 
 class _First(nn.Module):

@@ -1,4 +1,6 @@
-"""nn.Sequential that runs a layer with its activation, and a Linear with its dropout, as one op."""
+"""nn.Sequential that runs neighbours as one op: a layer with its activation, a convolution with its
+batch norm, a Linear with its dropout.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +25,13 @@ LAYERS: dict[type, Callable[..., Tensor]] = {
     **dict.fromkeys((fused.Conv1d, fused.Conv2d, fused.ConvTranspose2d), run_conv),
     **dict.fromkeys((fused.BatchNorm1d, fused.BatchNorm2d, fused.BatchNorm3d), run_batch_norm),
     fused.GroupNorm: run_group_norm,
+}
+
+# A norm that a convolution takes up.
+NORMS: dict[type | None, type] = {
+    fused.Conv1d: fused.BatchNorm1d,
+    fused.Conv2d: fused.BatchNorm2d,
+    fused.ConvTranspose2d: fused.BatchNorm2d,
 }
 
 
@@ -54,6 +63,8 @@ def group_length(kinds: Sequence[type | None], start: int) -> int:
     first, end = kinds[start], start + 1
     if first not in LAYERS:
         return 1
+    if first in NORMS and end < len(kinds) and kinds[end] is NORMS[first]:
+        end += 1
     if end < len(kinds) and kinds[end] in ACTIVATIONS:
         end += 1
     if first is fused.Linear and end < len(kinds) and kinds[end] is fused.Dropout:
@@ -62,6 +73,8 @@ def group_length(kinds: Sequence[type | None], start: int) -> int:
 
 
 def _run_group(input: Tensor, layer: nn.Module, *rest: nn.Module) -> Tensor:
+    if type(rest[0]) is NORMS.get(type(layer)):
+        return run_conv(input, layer, rest[1] if len(rest) > 1 else None, rest[0])
     if type(rest[-1]) is not fused.Dropout:
         return LAYERS[type(layer)](input, layer, rest[0])
     return run_linear(input, layer, rest[0] if len(rest) > 1 else None, rest[-1])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ... import functional as F
 from ...nn._children import is_one_of
 from ...nn.conv import run_conv
-from ...nn.norm import run_batch_norm, run_group_norm
+from ...nn.norm import run_group_norm
 from .form import Act, Draw, Form, Inputs, in_autocast, parameters
 from .parts import KINDS, Parts
 
@@ -26,7 +26,7 @@ class Residual(Form):
 
     @property
     def op(self) -> str:
-        return "batch_norm"
+        return "conv2d"
 
     def inputs(self, module: Any, draw: Draw) -> Inputs:
         return (draw(2, getattr(module, self.convs[0]).in_channels, 6, 6),)
@@ -37,11 +37,11 @@ class Residual(Form):
             return NotImplemented
         h = args[0]
         for conv, norm in pairs[:-1]:
-            h = run_batch_norm(run_conv(h, conv), norm, act)
-        conv, norm = pairs[-1]
-        h = run_conv(h, conv)
+            h = run_conv(h, conv, act, norm)
         shortcut = getattr(module, self.shortcut) if self.shortcut else None
-        return run_batch_norm(h, norm, act, args[0] if shortcut is None else shortcut(args[0]))
+        residual = args[0] if shortcut is None else shortcut(args[0])
+        conv, norm = pairs[-1]
+        return run_conv(h, conv, act, norm, residual)
 
     def _pairs(self, module: Any) -> list[tuple[Any, Any]] | None:
         pairs = [
