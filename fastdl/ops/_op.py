@@ -2,9 +2,9 @@
 together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,12 @@ from ._route import Reason
 
 # A build that ships fastdl under another name changes this one line.
 NAMESPACE = "fastdl"
+
+# What a backward op returns: None where nobody needs it, which a schema has no word for.
+if TYPE_CHECKING:
+    Gradient = Any
+else:
+    Gradient = Tensor
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -140,6 +146,22 @@ def gradients(
     for i, grad in zip(wanted, found, strict=True):
         result[i] = grad
     return result
+
+
+def empty_gradients(
+    tensors: Iterable[Any], needs: Iterable[bool], memory_format: Any = torch.contiguous_format
+) -> Any:
+    """A new tensor for each that needs a gradient, None for the others."""
+    return tuple(
+        torch.empty_like(t, memory_format=memory_format) if need else None
+        for t, need in zip(tensors, needs, strict=True)
+    )
+
+
+def copied(into: Iterable[Any], found: Iterable[Any]) -> Any:
+    """What torch computed, in the memory that was allocated for it."""
+    pairs = zip(into, found, strict=False)
+    return tuple(None if new is None else new.copy_(value) for new, value in pairs)
 
 
 def second_derivative(

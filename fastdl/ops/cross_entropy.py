@@ -23,7 +23,15 @@ from ._classes import (
     too_many,
 )
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
-from ._op import LibraryOp, Op, differentiating, gradients, second_derivative
+from ._op import (
+    LibraryOp,
+    Op,
+    copied,
+    differentiating,
+    empty_gradients,
+    gradients,
+    second_derivative,
+)
 from ._reduction import reduction_of
 from ._route import Reason
 
@@ -177,9 +185,7 @@ def _like_backward(
     reduction: str, ignore_index: int, smoothing: float, z_loss: float, softcap: float, wide: bool,
     needs: list[bool],
 ) -> Gradients:  # fmt: skip
-    return tuple(  # type: ignore[return-value]
-        torch.empty_like(t) if need else None for t, need in zip((x, target), needs, strict=True)
-    )
+    return empty_gradients((x, target), needs, torch.preserve_format)
 
 
 def launch_backward(
@@ -225,9 +231,7 @@ def _torch_backward(
     options = (reduction, ignore_index, smoothing, z_loss, softcap, wide)
     outs = _like_backward(dloss, x, target, weight, stats, sums, *options, needs)
     found = gradients(definition, (x, target, weight, *options), dloss, needs)
-    return tuple(  # type: ignore[return-value]
-        None if out is None else out.copy_(grad) for out, grad in zip(outs, found, strict=False)
-    )
+    return copied(outs, found)
 
 
 FORWARD = LibraryOp(

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
-from ._op import LibraryOp, Op, differentiating, gradients, second_derivative
+from ._op import (
+    LibraryOp,
+    Op,
+    copied,
+    differentiating,
+    empty_gradients,
+    gradients,
+    second_derivative,
+)
 from ._strides import merged
 from .activation import Activations, apply_definition, lower
 
@@ -128,7 +136,7 @@ def _like_backward(
     b: float, needs: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # both in the order of memory of x, so that one walk fills them
-    return tuple(torch.empty_like(x) if need else None for need in needs)  # type: ignore
+    return empty_gradients((x, x), needs, torch.preserve_format)
 
 
 def _backward(
@@ -151,9 +159,7 @@ def _torch_backward(
     args = (x, gate, dim, gate_first, name, a, b)
     grads = _like_backward(dy, *args, needs)
     found = gradients(definition, args, dy, needs)
-    return tuple(  # type: ignore[return-value]
-        None if new is None else new.copy_(grad) for new, grad in zip(grads, found, strict=False)
-    )
+    return copied(grads, found)
 
 
 FORWARD = LibraryOp("glu", _forward, like=_like, torch_form=_torch_forward)

@@ -11,16 +11,19 @@ from . import _tuned
 from ._launch import device_of
 from ._op import (
     SPELLINGS,
+    Gradient,
     LibraryOp,
     Op,
     Spelling,
     autocast_to_float32,
     differentiating,
+    empty_gradients,
     gradients,
     second_derivative,
 )
 from ._route import Reason
 from ._rows import as_rows, check, choose, launch_backward, launch_forward
+from ._strides import joins
 
 
 def definition(
@@ -111,7 +114,7 @@ def _decline(x: Tensor, *args: Any) -> Reason | None:
     return Reason.MEASURED if tuned is not None and tuned.variant == "torch" else None
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Gradient, Gradient, Gradient, Gradient, Gradient]
 
 
 def _like_backward(
@@ -119,10 +122,7 @@ def _like_backward(
     scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor, dims: int, eps: float,
     needs: list[bool],
 ) -> Gradients:  # fmt: skip
-    return tuple(  # type: ignore[return-value]
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None  # type: ignore[arg-type]
-        for t, need in zip((h, weight, bias, scale, shift), needs, strict=True)
-    )
+    return empty_gradients((h, weight, bias, scale, shift), needs)
 
 
 def _backward(
@@ -138,7 +138,7 @@ def _backward(
         choose("layer_norm_backward", rows.shape[1], h.dtype, device_of(h)), any(needs[1:]),
     )  # fmt: skip
     if by_group is None:
-        return dx, None, None, None, None  # type: ignore[return-value]
+        return dx, None, None, None, None
     lead = _leading(h, dims, scale, shift)
     into = ((0, weight), (1, bias), (2, scale), (1 if scale is None else 3, shift))
     factors: Any = [
@@ -229,9 +229,7 @@ def layer_norm(
     input, weight, bias, residual, scale, shift = autocast_to_float32(
         input, weight, bias, residual, scale, shift
     )
-    if residual is not None and not (
-        residual.dtype == input.dtype and residual.shape == input.shape
-    ):
+    if residual is not None and not joins(residual, input):
         input, residual = input + residual, None
     late = [f for f in (scale, shift) if f is not None and not _modulates(f, input)]
     early = (scale, shift) if not late else (None, None)

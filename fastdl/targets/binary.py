@@ -133,6 +133,13 @@ _NVIDIA = {
 }
 
 
+def _numbers(pattern: str, text: str) -> list[int]:
+    """The groups of the pattern where it is found first."""
+    found = re.search(pattern, text)
+    assert found is not None, pattern
+    return [int(group) for group in found.groups()]
+
+
 def _read_nvidia(binary: Any) -> Facts:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -141,7 +148,7 @@ def _read_nvidia(binary: Any) -> Facts:
         sass = _cuobjdump("-sass", file.name)
     line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
     counts = _count("\n".join(re.findall(line, sass, re.MULTILINE)), _NVIDIA)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    registers, stack = _numbers(r"REG:(\d+) STACK:(\d+)", usage)
     loop = main_loop(sass, binary.metadata.num_warps)
     return Facts(registers, counts.pop("spills"), stack, counts=counts, loop=loop)
 
@@ -171,7 +178,7 @@ def _read_amd(binary: Any) -> Facts:
     code = binary.asm["amdgcn"]
 
     def noted(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s*(\d+)", code).group(1))  # type: ignore[union-attr]
+        return _numbers(rf"\.{name}:\s*(\d+)", code)[0]
 
     instructions = "\n".join(re.findall(r"^\t([a-z]\w+)", code, re.MULTILINE))
     counts = _count(instructions, _AMD)
