@@ -9,9 +9,11 @@ pytest.importorskip("triton")
 
 import fastdl
 from fastdl.contract import SPECS, STEPS
+from fastdl.targets.binary import Facts
 from fastdl.targets.devices import target_of
 from fastdl.targets.loop import bracket, main_loop
 from fastdl.targets.record import specialisations
+from fastdl.targets.rules import faults
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -64,6 +66,14 @@ def test_faults_are_found():
     for says, fault in planted.items():
         rows = [row for row in result.failures if made_from(fault, dict(row.spec.constants))]
         assert any(says in " ".join(row.cells()) for row in rows), str(result)
+
+
+@pytest.mark.parametrize(("stored", "found"), [(4096, ["narrow"]), (1024, ["narrow"]), (256, [])])
+def test_narrow_stores_are_of_few_bytes(stored, found):
+    """What a reduction leaves may be stored as it comes; what is as large as the input may not."""
+    spec = next(s for s in specialisations("layer_norm", target_of("sm_90")) if s.aligned)
+    read = Facts(resident=1, counts={"loads16": 2, "stores16": 0}, loaded=4096, stored=stored)
+    assert [fault.rule for fault in faults(spec, read, target_of("sm_90"))] == found
 
 
 def test_result():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as FF, nn as fnn
-from .case import BadCall, BenchCase, Case, Maker, Spec
+from .case import BenchCase, Case, Maker, Spec, bad_calls_of
 
 Make = Callable[[Maker], "partial[Any]"]
 Indices = Callable[[torch.Size, int], Tensor]
@@ -81,15 +81,7 @@ EMPTY = [
 ]
 
 
-def bad(name: str, *args: Any, says: tuple[str, ...], **options: Any) -> BadCall:
-    return BadCall(
-        name,
-        lambda: FF.embedding(*args, **options),
-        lambda: F.embedding(*args, **options),
-        says,
-    )
-
-
+bad = bad_calls_of("embedding")
 W, IDS = torch.ones(4, 3), torch.tensor([1, 2])
 BAD_CALLS = [
     bad("past the end", torch.tensor([1, 4]), W, says=("index", "range")),

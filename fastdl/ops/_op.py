@@ -2,6 +2,7 @@
 together.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -184,6 +185,20 @@ class Spelling(NamedTuple):
 
     pattern: Callable[..., Any]
     call: "Callable[..., partial[Any]]"
+
+
+def named(names: Iterable[str], pattern: Callable[..., Any]) -> Callable[..., Any]:
+    """A pattern that takes any arguments, as a function of parameters of these names."""
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature([inspect.Parameter(name, positional) for name in names])
+    vars(pattern)["__signature__"] = signature
+    return pattern
+
+
+def same_call(torchs: Callable[..., Any], ours: Callable[..., Any]) -> Spelling:
+    """torch's function, with all of its arguments, and ours, which has the same."""
+    pattern = named(inspect.signature(torchs).parameters, lambda *args: torchs(*args))
+    return Spelling(pattern, lambda **given: partial(ours, **given))
 
 
 class Op(NamedTuple):

@@ -1,6 +1,7 @@
 """Compile one specialisation for a GPU that is not here, and read the machine code."""
 
 import functools
+import math
 import os
 import re
 import subprocess
@@ -34,6 +35,9 @@ class Facts:
     counts: dict[str, int] = field(default_factory=dict)
     # (M, N, K, type) of every product; the type of exact fp32 is "ieee"
     dots: list[tuple[int, int, int, str]] = field(default_factory=list)
+    # bytes of the largest tile that is loaded, and that is stored
+    loaded: int = 0
+    stored: int = 0
     loop: Loop | None = None
     error: str = ""
 
@@ -74,7 +78,12 @@ def facts(spec: Specialisation, target: Target) -> Facts:
     found.shared = binary.metadata.shared
     found.threads = binary.metadata.num_warps * target.warp_size
     found.resident = target.resident(found.registers, found.shared, binary.metadata.num_warps)
-    found.dots = _dots(binary.asm["ttir"])
+    ttir = binary.asm["ttir"]
+    found.dots, found.loaded, found.stored = (
+        _dots(ttir),
+        _largest("load", ttir),
+        _largest("store", ttir),
+    )
     return found
 
 
@@ -108,6 +117,13 @@ def _dots(ttir: str) -> list[tuple[int, int, int, str]]:
         exact = dtype == "f32" and "tf32" not in options
         found.append((int(m), int(n), int(k), "ieee" if exact else dtype))
     return found
+
+
+def _largest(access: str, ttir: str) -> int:
+    tiles = re.findall(rf"tt\.{access} .*: tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>", ttir)
+    tiles += re.findall(rf"tt\.descriptor_{access} .*tensor<([\dx]+)x[a-z]+(\d+)>", ttir)
+    sizes = (math.prod(map(int, shape.split("x"))) * int(bits) // 8 for shape, bits in tiles)
+    return max(sizes, default=0)
 
 
 def _count(code: str, classes: dict[str, str]) -> dict[str, int]:
