@@ -52,10 +52,13 @@ def definition(
 
 
 def _like(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    given_mean: Tensor | None, given_var: Tensor | None, eps: float,
-    name: str, a: float, b: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    given_mean: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(x), *_statistics(x, given_mean)
 
 
@@ -103,12 +106,8 @@ def _torch_forward(
 Gradients = tuple[Gradient, Gradient, Gradient, Gradient]
 
 
-def _like_backward(
-    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    given_mean: Tensor | None, given_var: Tensor | None, mean: Tensor, var: Tensor, eps: float,
-    name: str, a: float, b: float, from_y: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    return empty_gradients((x, x, weight, bias), needs, torch.preserve_format)
+def _like_backward(dy: Tensor, x: Tensor, z: Any, weight: Any, bias: Any, *rest: Any) -> Gradients:
+    return empty_gradients((x, x, weight, bias), rest[-1], torch.preserve_format)
 
 
 def _backward(
@@ -125,13 +124,9 @@ def _backward(
     return dx, g, *copied(empty_gradients((weight, bias), needs[2:]), (sums[1], sums[0]))
 
 
-def _torch_backward(
-    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    given_mean: Tensor | None, given_var: Tensor | None, mean: Tensor, var: Tensor, eps: float,
-    name: str, a: float, b: float, from_y: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    rest = (weight, bias, given_mean, given_var, False, eps, name, a, b)
-    return of_definition(definition, x, z, from_y, rest, dy, needs)
+def _torch_backward(dy: Tensor, x: Tensor, z: Tensor | None, *rest: Any) -> Gradients:
+    *factors, _, _, eps, name, a, b, from_y, needs = rest
+    return of_definition(definition, x, z, from_y, (*factors, False, eps, name, a, b), dy, needs)
 
 
 FORWARD = LibraryOp("batch_norm", _forward, like=_like, torch_form=_torch_forward)

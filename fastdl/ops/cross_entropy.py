@@ -65,10 +65,9 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 def _like(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
-    smoothing: float, z_loss: float, softcap: float, wide: bool,
-) -> Outputs:  # fmt: skip
-    loss, sums = _classes.like_reduced(x, dtype_of(x, target, weight, wide), reduction)
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *options: Any
+) -> Outputs:
+    loss, sums = _classes.like_reduced(x, dtype_of(x, target, weight, options[-1]), reduction)
     return loss, x.new_empty((3, *_classes.row_shape(x)), dtype=torch.float32), sums
 
 
@@ -165,12 +164,8 @@ def _statistics(
 Gradients = tuple[Tensor, Tensor]
 
 
-def _like_backward(
-    dloss: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, sums: Tensor,
-    reduction: str, ignore_index: int, smoothing: float, z_loss: float, softcap: float, wide: bool,
-    needs: list[bool],
-) -> Gradients:  # fmt: skip
-    return empty_gradients((x, target), needs, torch.preserve_format)
+def _like_backward(dloss: Tensor, x: Tensor, target: Tensor, *rest: Any) -> Gradients:
+    return empty_gradients((x, target), rest[-1], torch.preserve_format)
 
 
 def launch_backward(
@@ -200,8 +195,7 @@ def _backward(
     reduction: str, ignore_index: int, smoothing: float, z_loss: float, softcap: float, wide: bool,
     needs: list[bool],
 ) -> Gradients:  # fmt: skip
-    args = (reduction, ignore_index, smoothing, z_loss, softcap, wide, needs)
-    dx, dtarget = _like_backward(dloss, x, target, weight, stats, sums, *args)
+    dx, dtarget = _like_backward(dloss, x, target, needs)
     launch_backward(
         dloss, x, target, weight, stats, sums if reduction == "mean" else None, dx, dtarget,
         ignore_index, smoothing, z_loss, softcap,
@@ -210,14 +204,17 @@ def _backward(
 
 
 def _torch_backward(
-    dloss: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, sums: Tensor,
-    reduction: str, ignore_index: int, smoothing: float, z_loss: float, softcap: float, wide: bool,
-    needs: list[bool],
-) -> Gradients:  # fmt: skip
-    options = (reduction, ignore_index, smoothing, z_loss, softcap, wide)
-    outs = _like_backward(dloss, x, target, weight, stats, sums, *options, needs)
+    dloss: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    sums: Tensor,
+    *rest: Any,
+) -> Gradients:
+    *options, needs = rest
     found = gradients(definition, (x, target, weight, *options), dloss, needs)
-    return copied(outs, found)
+    return copied(_like_backward(dloss, x, target, needs), found)
 
 
 FORWARD = LibraryOp(

@@ -46,10 +46,8 @@ def definition(
 
 
 def _like(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
-    name: str, a: float, b: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, residual: Any, weight: Any, bias: Any, scale: Any, shift: Any, groups: int, *act: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
@@ -93,10 +91,9 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _like_backward(
-    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, mean: Tensor, var: Tensor, groups: int, eps: float,
-    name: str, a: float, b: float, from_y: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
+    dy: Tensor, x: Tensor, z: Any, weight: Any, bias: Any, scale: Any, shift: Any, *rest: Any
+) -> Gradients:
+    needs = rest[-1]
     return (
         *empty_gradients((x, x), needs[:2], torch.preserve_format),
         *empty_gradients((weight, bias, scale, shift), needs[2:]),
@@ -143,13 +140,9 @@ def _of_factors(
     ]
 
 
-def _torch_backward(
-    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, mean: Tensor, var: Tensor, groups: int, eps: float,
-    name: str, a: float, b: float, from_y: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    rest = (weight, bias, scale, shift, groups, eps, name, a, b)
-    return of_definition(definition, x, z, from_y, rest, dy, needs)
+def _torch_backward(dy: Tensor, x: Tensor, z: Tensor | None, *rest: Any) -> Gradients:
+    *factors, _, _, groups, eps, name, a, b, from_y, needs = rest
+    return of_definition(definition, x, z, from_y, (*factors, groups, eps, name, a, b), dy, needs)
 
 
 FORWARD = LibraryOp("group_norm", _forward, like=_like, torch_form=_torch_forward)

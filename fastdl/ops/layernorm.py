@@ -118,11 +118,9 @@ Gradients = tuple[Gradient, Gradient, Gradient, Gradient, Gradient]
 
 
 def _like_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor, dims: int, eps: float,
-    needs: list[bool],
-) -> Gradients:  # fmt: skip
-    return empty_gradients((h, weight, bias, scale, shift), needs)
+    dy: Tensor, dh: Any, h: Tensor, weight: Any, bias: Any, scale: Any, shift: Any, *rest: Any
+) -> Gradients:
+    return empty_gradients((h, weight, bias, scale, shift), rest[-1])
 
 
 def _backward(
@@ -156,12 +154,9 @@ def _into(by_group: Tensor, h: Tensor, lead: int, dims: int, like: Any) -> Tenso
     return full.sum_to_size(like.shape).to(like.dtype, copy=True)
 
 
-def _torch_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor, dims: int, eps: float,
-    needs: list[bool],
-) -> Gradients:  # fmt: skip
-    args = (h, None, weight, bias, scale, shift, dims, eps)
+def _torch_backward(dy: Tensor, dh: Tensor | None, h: Tensor, *rest: Any) -> Gradients:
+    *factors, _, _, dims, eps, needs = rest
+    args = (h, None, *factors, dims, eps)
     dx, _, *others = gradients(definition, args, dy, [needs[0], False, *needs[1:]])[:6]
     return (dx if dx is None or dh is None else dx + dh), *others
 

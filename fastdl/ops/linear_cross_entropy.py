@@ -174,12 +174,9 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def _like_backward(
-    dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-    class_weight: Tensor | None, sums: Tensor, stats: Tensor, dx: Tensor, dweight: Tensor,
-    dbias: Tensor, reduction: str, ignore_index: int, smoothing: float, z_loss: float,
-    softcap: float, wide: bool, chunk: int, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    return empty_gradients((x, weight, bias), needs)
+    dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> Gradients:
+    return empty_gradients((x, weight, bias), rest[-1])
 
 
 def _backward(
@@ -189,10 +186,7 @@ def _backward(
     softcap: float, wide: bool, chunk: int, needs: list[bool],
 ) -> Gradients:  # fmt: skip
     options = (ignore_index, smoothing, z_loss, softcap)
-    outs = _like_backward(
-        dloss, x, weight, bias, target, class_weight, sums, stats, dx, dweight, dbias, reduction,
-        *options, wide, chunk, needs,
-    )  # fmt: skip
+    outs = _like_backward(dloss, x, weight, bias, needs)
     if reduction != "none":
         scale = dloss.float()
         if reduction == "mean":
@@ -221,17 +215,10 @@ def _total_of(out: Tensor) -> Tensor:
     return out if out.dtype == torch.float32 else out.new_empty(out.shape, dtype=torch.float32)
 
 
-def _torch_backward(
-    dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-    class_weight: Tensor | None, sums: Tensor, stats: Tensor, dx: Tensor, dweight: Tensor,
-    dbias: Tensor, reduction: str, ignore_index: int, smoothing: float, z_loss: float,
-    softcap: float, wide: bool, chunk: int, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    args = (
-        x, weight, bias, target, class_weight, reduction, ignore_index, smoothing, z_loss,
-        softcap, wide, chunk,
-    )  # fmt: skip
-    return tuple(gradients(definition, args, dloss, needs)[:3])
+def _torch_backward(dloss: Tensor, *rest: Any) -> Gradients:
+    *args, needs = rest
+    given, options = args[:5], args[10:]
+    return tuple(gradients(definition, (*given, *options), dloss, needs)[:3])
 
 
 FORWARD = LibraryOp(

@@ -198,10 +198,8 @@ def _torch_forward(
     return y.copy_(definition(*args)), divisor
 
 
-def _like_backward(
-    dy: Tensor, x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None,
-    divisor: Tensor, loss: str, a: float, reduction: str, wide: bool, needs: list[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _like_backward(dy: Tensor, x: Tensor, t: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    needs = rest[-1]
     like = x if needs[0] else t
     made: Any = (
         torch.empty_like(like, dtype=z.dtype) if need else None
@@ -215,7 +213,7 @@ def _backward(
     divisor: Tensor, loss: str, a: float, reduction: str, wide: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     reduced, n = reduction != "none", x.numel()
-    dx, dt = _like_backward(dy, x, t, weight, pos_weight, divisor, loss, a, reduction, wide, needs)
+    dx, dt = _like_backward(dy, x, t, needs)
     flat = Flat.as_is(dx if needs[0] else dt)
     (of_weight, *weights), (of_pos, *poses) = flat.factor(weight), flat.factor(pos_weight)
     config = choose(n, device_of(x))
@@ -229,14 +227,12 @@ def _backward(
 
 
 def _torch_backward(
-    dy: Tensor, x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None,
-    divisor: Tensor, loss: str, a: float, reduction: str, wide: bool, needs: list[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    args = (x, t, weight, pos_weight, loss, a, reduction, wide)
-    wanted = [*needs, *(False for _ in args[2:])]
-    found = gradients(definition, args, dy, wanted)[:2]
-    made = _like_backward(dy, x, t, weight, pos_weight, divisor, loss, a, reduction, wide, needs)
-    return copied(made, found)
+    dy: Tensor, x: Tensor, t: Tensor, weight: Any, pos_weight: Any, divisor: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *options, needs = rest
+    args = (x, t, weight, pos_weight, *options)
+    found = gradients(definition, args, dy, [*needs, *(False for _ in args[2:])])
+    return copied(_like_backward(dy, x, t, needs), found)
 
 
 def _decline_backward(dy: Tensor, x: Tensor, *args: Any) -> Reason | None:

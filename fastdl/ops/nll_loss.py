@@ -25,7 +25,7 @@ def definition(
 
 
 def _like(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     return _classes.like_reduced(x, x.dtype, reduction)
 
@@ -54,10 +54,7 @@ def _torch_forward(
     return loss, sums
 
 
-def _like_backward(
-    dloss: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, sums: Tensor, reduction: str,
-    ignore_index: int,
-) -> Tensor:  # fmt: skip
+def _like_backward(dloss: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)
 
 

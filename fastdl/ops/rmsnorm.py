@@ -53,9 +53,8 @@ def definition(
 
 
 def _like(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, dims: int, eps: float,
-    offset: float, rounds: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, residual: Tensor | None, weight: Any, dims: int, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = x.new_empty(0) if residual is None else torch.empty_like(y)
     return y, h, x.new_empty(x.shape[: x.dim() - dims], dtype=torch.float32)
@@ -75,11 +74,10 @@ def _forward(
 
 
 def _torch_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, dims: int, eps: float,
-    offset: float, rounds: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    y, h, rstd = _like(x, residual, weight, dims, eps, offset, rounds)
-    found = definition(x, residual, weight, dims, eps, offset, rounds)
+    x: Tensor, residual: Tensor | None, weight: Any, dims: int, eps: float, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, h, rstd = _like(x, residual, weight, dims, eps, *rest)
+    found = definition(x, residual, weight, dims, eps, *rest)
     y_, h_ = (found, x) if residual is None else found
     if residual is not None:
         h.copy_(h_)
@@ -99,11 +97,8 @@ def _decline(
 Gradients = tuple[Gradient, Gradient]
 
 
-def _like_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, dims: int,
-    eps: float, offset: float, rounds: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    return empty_gradients((h, weight), needs)
+def _like_backward(dy: Tensor, dh: Any, h: Tensor, weight: Any, *rest: Any) -> Gradients:
+    return empty_gradients((h, weight), rest[-1])
 
 
 def _backward(
@@ -122,10 +117,10 @@ def _backward(
 
 
 def _torch_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, dims: int,
-    eps: float, offset: float, rounds: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    args = (h, None, weight, dims, eps, offset, rounds)
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Any, rstd: Tensor, *rest: Any
+) -> Gradients:
+    *options, needs = rest
+    args = (h, None, weight, *options)
     dx, _, dweight = gradients(definition, args, dy, [needs[0], False, needs[1]])[:3]
     return (dx if dx is None or dh is None else dx + dh), dweight
 

@@ -119,12 +119,8 @@ def _torch_forward(
 Gradients = tuple[Gradient, Gradient, Gradient, Gradient, Gradient]
 
 
-def _like_backward(
-    dy: Tensor, dhn: Tensor, dcn: Tensor | None, xp: Tensor, h0: Tensor, c0: Tensor | None,
-    weight: Tensor, bias: Tensor | None, y: Tensor, c: Tensor, gates: Tensor,
-    batch_sizes: Tensor | None, mode: str, reverse: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    return empty_gradients((xp, h0, c0, weight, bias), needs)
+def _like_backward(dy: Tensor, dhn: Tensor, dcn: Any, *rest: Any) -> Gradients:
+    return empty_gradients(rest[:5], rest[-1])
 
 
 def _backward(
@@ -158,13 +154,10 @@ def _backward(
     )
 
 
-def _torch_backward(
-    dy: Tensor, dhn: Tensor, dcn: Tensor | None, xp: Tensor, h0: Tensor, c0: Tensor | None,
-    weight: Tensor, bias: Tensor | None, y: Tensor, c: Tensor, gates: Tensor,
-    batch_sizes: Tensor | None, mode: str, reverse: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
+def _torch_backward(dy: Tensor, dhn: Tensor, dcn: Tensor | None, *rest: Any) -> Gradients:
+    *given, _, _, _, batch_sizes, mode, reverse, needs = rest
     grads = (dy, dhn) if dcn is None else (dy, dhn, dcn)
-    args = (xp, h0, c0, weight, bias, batch_sizes, mode, reverse)
+    args = (*given, batch_sizes, mode, reverse)
     return tuple(gradients(definition, args, grads, [*needs, False, False, False])[:5])
 
 

@@ -133,12 +133,8 @@ def _decline(xp: Tensor, h0: Tensor, *args: Any) -> Reason | None:
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _like_backward(
-    dy: Tensor, dhn: Tensor, dcn: Tensor, xp: Tensor, h0: Tensor, c0: Tensor, weight: Tensor,
-    gain: Tensor, bias: Tensor, c_gain: Tensor, c_bias: Tensor, y: Tensor, c_hat: Tensor,
-    p_hat: Tensor, gates: Tensor, rstd: Tensor, eps: float, reverse: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    return empty_gradients((xp, h0, c0, weight, gain, bias, c_gain, c_bias), needs)
+def _like_backward(dy: Tensor, dhn: Tensor, dcn: Tensor, *rest: Any) -> Gradients:
+    return empty_gradients(rest[:8], rest[-1])
 
 
 def _backward(
@@ -185,14 +181,10 @@ def _backward(
     return tuple(made)
 
 
-def _torch_backward(
-    dy: Tensor, dhn: Tensor, dcn: Tensor, xp: Tensor, h0: Tensor, c0: Tensor, weight: Tensor,
-    gain: Tensor, bias: Tensor, c_gain: Tensor, c_bias: Tensor, y: Tensor, c_hat: Tensor,
-    p_hat: Tensor, gates: Tensor, rstd: Tensor, eps: float, reverse: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    args = (xp, h0, c0, weight, gain, bias, c_gain, c_bias, eps, reverse)
-    found = gradients(definition, args, (dy, dhn, dcn), [*needs, False, False])
-    return tuple(found[:8])
+def _torch_backward(dy: Tensor, dhn: Tensor, dcn: Tensor, *rest: Any) -> Gradients:
+    *_, eps, reverse, needs = rest
+    args = (*rest[:8], eps, reverse)
+    return tuple(gradients(definition, args, (dy, dhn, dcn), [*needs, False, False])[:8])
 
 
 FORWARD = LibraryOp(

@@ -44,11 +44,9 @@ def logits_gradient(dy: Tensor, y: Tensor, mask: Tensor | None, dim: int, log: b
     return ds if mask is None or mask.dtype != torch.bool else torch.where(mask, ds, 0.0)
 
 
-def _like(
-    x: Tensor, mask: Tensor | None, dim: int, scale: float, fill: float, log: bool, widens: bool
-) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32) if widens else x.dtype
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+def _like(x: Tensor, *options: Any) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32) if options[-1] else x.dtype
+    return torch.empty_like(x, dtype=wide, memory_format=torch.contiguous_format)
 
 
 def _view(tensor: Tensor, dim: int) -> Tensor:
@@ -131,7 +129,7 @@ def _launch(
 def _forward(
     x: Tensor, mask: Tensor | None, dim: int, scale: float, fill: float, log: bool, widens: bool
 ) -> Tensor:
-    y = _like(x, mask, dim, scale, fill, log, widens)
+    y = _like(x, widens)
     given, placed = _view(x, dim), _placed(mask, x.shape, dim)
     _launch(
         "softmax", (SOFTMAX_FWD, SOFTMAX_WIDE_FWD), given, (placed.tensor,), _view(y, dim), placed,
