@@ -52,12 +52,7 @@ def definition(
 
 
 def _like(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    given_mean: Tensor | None,
-    *rest: Any,
+    x: Tensor, residual: Any, weight: Any, bias: Any, given_mean: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(x), *_statistics(x, given_mean)
 

@@ -204,13 +204,7 @@ def _backward(
 
 
 def _torch_backward(
-    dloss: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    sums: Tensor,
-    *rest: Any,
+    dloss: Tensor, x: Tensor, target: Tensor, weight: Any, stats: Any, sums: Any, *rest: Any
 ) -> Gradients:
     *options, needs = rest
     found = gradients(definition, (x, target, weight, *options), dloss, needs)
