@@ -228,6 +228,7 @@ class SoftmaxFunction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:2])
         run = BACKWARD.overload
         if differentiating():
+            # x is not kept: torch differentiates its own gradient at y, and this Function y
             report("softmax", "call", Reason.DOUBLE_BACKWARD)
             run = _torch_backward
         return *run(dy, y, mask, *ctx.options, needs), None, None, None, None, None
