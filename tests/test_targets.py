@@ -82,10 +82,13 @@ def test_result():
         ["activation"], ["sm_90"], limit=2, progress=lambda done, of: calls.append((done, of))
     )
     assert calls == [(1, 2), (2, 2)]
-    assert {row["kernel"] for row in json.loads(result.to_json())} == {
+    entries = json.loads(result.to_json())
+    assert {entry["kernel"] for entry in entries} == {
         "activation.activation_fwd",
         "activation.activation_bwd",
     }
+    # what is stored is as large as what is loaded
+    assert all(entry["stored"] == entry["loaded"] > 0 for entry in entries)
     assert "activation_fwd" in str(result) and "2 binaries, 0 failures" in str(result)
 
 
