@@ -9,7 +9,8 @@ from ._rows import load_tile
 
 @triton.jit
 def load_factors(
-    weight_ptr, bias_ptr, scale_ptr, shift_ptr, channels, scale_at, shift_at, mask
+    weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample, channels, mask,
+    scale_n, scale_c, shift_n, shift_c,
 ):  # fmt: skip
     """factor and offset of x_hat factor + offset: weight and bias, then 1 + scale and shift."""
     offset = tl.zeros(channels.shape, dtype=tl.float32)
@@ -19,11 +20,11 @@ def load_factors(
     if bias_ptr is not None:
         offset = load_tile(bias_ptr, channels, mask)
     if scale_ptr is not None:
-        scale = 1.0 + load_tile(scale_ptr, scale_at, mask)
+        scale = 1.0 + load_tile(scale_ptr, sample * scale_n + channels * scale_c, mask)
         factor *= scale
         offset *= scale
     if shift_ptr is not None:
-        offset += load_tile(shift_ptr, shift_at, mask)
+        offset += load_tile(shift_ptr, sample * shift_n + channels * shift_c, mask)
     return factor, offset
 
 

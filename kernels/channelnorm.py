@@ -112,8 +112,8 @@ def channelnorm_fwd(
     stat = sample * stat_n + channels // group_channels
     mean, rstd = load_moments(mean_ptr, var_ptr, stat, inside, eps)
     factor, offset = load_factors(
-        weight_ptr, bias_ptr, scale_ptr, shift_ptr, channels,
-        sample * scale_n + channels * scale_c, sample * shift_n + channels * shift_c, inside,
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample, channels, inside,
+        scale_n, scale_c, shift_n, shift_c,
     )  # fmt: skip
     z = (load_tile(x_ptr, offsets, mask) - mean) * rstd * factor + offset
     if residual_ptr is not None:
@@ -154,8 +154,8 @@ def channelnorm_sums(
     stat = sample * stat_n + channels // group_channels
     mean, rstd = load_moments(mean_ptr, var_ptr, stat, inside, eps)
     factor, offset = load_factors(
-        weight_ptr, bias_ptr, scale_ptr, shift_ptr, channels,
-        sample * scale_n + channels * scale_c, sample * shift_n + channels * shift_c, inside,
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample, channels, inside,
+        scale_n, scale_c, shift_n, shift_c,
     )  # fmt: skip
     g_sum = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
     g_x_hat_sum = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
@@ -205,10 +205,10 @@ def channelnorm_merge_sums(
         tl.store(sums_ptr + rows, g_total, mask=inside)
         tl.store(sums_ptr + n_sums + rows, g_x_hat_total, mask=inside)
         channels = stat % n_groups * group_channels + within
-        scale_at = stat // n_groups * scale_n + channels * scale_c
         factor, _ = load_factors(
-            weight_ptr, None, scale_ptr, None, channels, scale_at, scale_at, inside
-        )
+            weight_ptr, None, scale_ptr, None, stat // n_groups, channels, inside,
+            scale_n, scale_c, 0, 0,
+        )  # fmt: skip
         # sums past the end are 0
         g_mean += factor * g_total
         g_x_hat_mean += factor * g_x_hat_total
@@ -235,8 +235,8 @@ def channelnorm_dx(
     stat = sample * stat_n + channels // group_channels
     mean, rstd = load_moments(mean_ptr, var_ptr, stat, inside, eps)
     factor, offset = load_factors(
-        weight_ptr, bias_ptr, scale_ptr, shift_ptr, channels,
-        sample * scale_n + channels * scale_c, sample * shift_n + channels * shift_c, inside,
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample, channels, inside,
+        scale_n, scale_c, shift_n, shift_c,
     )  # fmt: skip
     x_hat = (load_tile(x_ptr, offsets, mask) - mean) * rstd
     g = gradient(dy_ptr, z_ptr, x_hat, factor, offset, offsets, mask, a, b, ACT, FROM_Y)

@@ -32,19 +32,6 @@ def tile_of(
 
 
 @triton.jit
-def factors_of(
-    rows, within, inside, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
-    n_groups, group_channels, scale_n, scale_c, shift_n, shift_c,
-):  # fmt: skip
-    channels = rows % n_groups * group_channels + within
-    sample = rows // n_groups
-    return load_factors(
-        weight_ptr, bias_ptr, scale_ptr, shift_ptr, channels,
-        sample * scale_n + channels * scale_c, sample * shift_n + channels * shift_c, inside,
-    )  # fmt: skip
-
-
-@triton.jit
 def groupnorm_fwd(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, var_ptr,
     n_rows, n_groups, group_channels, n_pixels, scale_n, scale_c, shift_n, shift_c, eps, a, b,
@@ -59,9 +46,10 @@ def groupnorm_fwd(
     mean = group_sum(x) / count
     centered = tl.where(mask, x - mean, 0.0)
     var = group_sum(centered * centered) / count
-    factor, offset = factors_of(
-        rows, within, inside, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
-        n_groups, group_channels, scale_n, scale_c, shift_n, shift_c,
+    factor, offset = load_factors(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+        rows // n_groups, rows % n_groups * group_channels + within, inside,
+        scale_n, scale_c, shift_n, shift_c,
     )  # fmt: skip
     z = centered * tl.rsqrt(var + eps) * factor + offset
     if residual_ptr is not None:
@@ -86,9 +74,10 @@ def groupnorm_bwd(
     offsets = channel_rows * n_pixels + pixels
     mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
     rstd = tl.rsqrt(tl.load(var_ptr + rows, mask=rows < n_rows, other=1.0) + eps)
-    factor, offset = factors_of(
-        rows, within, inside, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
-        n_groups, group_channels, scale_n, scale_c, shift_n, shift_c,
+    factor, offset = load_factors(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+        rows // n_groups, rows % n_groups * group_channels + within, inside,
+        scale_n, scale_c, shift_n, shift_c,
     )  # fmt: skip
     x_hat = (load_tile(x_ptr, offsets, mask) - mean) * rstd
     g = gradient(dy_ptr, z_ptr, x_hat, factor, offset, offsets, mask, a, b, ACT, FROM_Y)

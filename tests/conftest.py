@@ -71,6 +71,16 @@ def fused():
         yield
 
 
+@pytest.fixture(params=["fused", "definition"])
+def form(request):
+    """The kernels or an error; and plain torch."""
+    import fastdl
+
+    options = {"on_fallback": "error"} if request.param == "fused" else {}
+    with fastdl.policy(request.param, **options):
+        yield
+
+
 @pytest.fixture
 def poisoned():
     """NaN in every new torch.empty, so that an element nobody wrote shows."""

@@ -9,9 +9,11 @@ pytest.importorskip("triton")
 
 import fastdl
 from fastdl.contract import SPECS, STEPS
+from fastdl.targets.binary import Facts
 from fastdl.targets.devices import target_of
 from fastdl.targets.loop import bracket, main_loop
 from fastdl.targets.record import specialisations
+from fastdl.targets.rules import faults
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -66,16 +68,27 @@ def test_faults_are_found():
         assert any(says in " ".join(row.cells()) for row in rows), str(result)
 
 
+@pytest.mark.parametrize(("stored", "found"), [(4096, ["narrow"]), (1024, ["narrow"]), (256, [])])
+def test_narrow_stores_are_of_few_bytes(stored, found):
+    """What a reduction leaves may be stored as it comes; what is as large as the input may not."""
+    spec = next(s for s in specialisations("layer_norm", target_of("sm_90")) if s.aligned)
+    read = Facts(resident=1, counts={"loads16": 2, "stores16": 0}, loaded=4096, stored=stored)
+    assert [fault.rule for fault in faults(spec, read, target_of("sm_90"))] == found
+
+
 def test_result():
     calls = []
     result = fastdl.targets(
         ["activation"], ["sm_90"], limit=2, progress=lambda done, of: calls.append((done, of))
     )
     assert calls == [(1, 2), (2, 2)]
-    assert {row["kernel"] for row in json.loads(result.to_json())} == {
+    entries = json.loads(result.to_json())
+    assert {entry["kernel"] for entry in entries} == {
         "activation.activation_fwd",
         "activation.activation_bwd",
     }
+    # what is stored is as large as what is loaded
+    assert all(entry["stored"] == entry["loaded"] > 0 for entry in entries)
     assert "activation_fwd" in str(result) and "2 binaries, 0 failures" in str(result)
 
 

@@ -13,7 +13,8 @@ import fastdl
 import fastdl.functional as FF
 from fastdl import tuned
 from fastdl.tuned import Config, Device
-from fastdl.tuned.tune import PROBLEMS, configs, run
+from fastdl.tuned.problems import PROBLEMS
+from fastdl.tuned.tune import configs, run
 
 H200 = Device("NVIDIA H200", "cuda", 90, sms=132, shared=232448)
 HERE = Device("interpreter", "interpreter", 90, sms=3, shared=232448)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from .. import functional as FF, nn as fnn
-from .case import BadCall, BenchCase, Case, Maker, Spec
+from .case import BenchCase, Case, Maker, Spec, bad_calls_of
 
 Make = Callable[[Maker], "partial[Any]"]
 
@@ -157,15 +157,7 @@ EMPTY = [
 ]  # fmt: skip
 
 
-def bad(name: str, *args: Any, says: tuple[str, ...], **options: Any) -> BadCall:
-    return BadCall(
-        name,
-        lambda: FF.scaled_dot_product_attention(*args, **options),
-        lambda: F.scaled_dot_product_attention(*args, **options),
-        says,
-    )
-
-
+bad = bad_calls_of("scaled_dot_product_attention")
 X = torch.ones(2, 4, 6, 8)
 BAD_CALLS = [
     bad("columns", X, X[..., :7], X, says=("(2, 4, 6, 8)", "(2, 4, 6, 7)")),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import functional as FF, nn as fnn
-from .case import BadCall, BenchCase, Case, Maker, Spec
+from .case import BenchCase, Case, Maker, Spec, bad_calls_of
 from .groupnorm import channels_last, made_last
 
 
@@ -67,12 +67,7 @@ EMPTY = [
 ]
 
 
-def bad(name: str, *args: Any, says: tuple[str, ...], **options: Any) -> BadCall:
-    return BadCall(
-        name, lambda: FF.batch_norm(*args, **options), lambda: F.batch_norm(*args, **options), says
-    )
-
-
+bad = bad_calls_of("batch_norm")
 X, FOUR, THREE = torch.ones(2, 4, 3), torch.ones(4), torch.ones(3)
 BAD_CALLS = [
     bad("weight", X, FOUR, FOUR, THREE, says=("(2, 4, 3)", "weight", "(3,)")),

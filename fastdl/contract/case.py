@@ -6,7 +6,10 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .. import functional as FF
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -146,6 +149,16 @@ class BadCall:
     call: Callable[[], Any]
     like: Callable[[], Any]
     says: tuple[str, ...]
+
+
+def bad_calls_of(op: str) -> Callable[..., BadCall]:
+    """Makes calls of the op that must fail as those of torch's function of that name do."""
+
+    def bad(name: str, *args: Any, says: tuple[str, ...], **options: Any) -> BadCall:
+        ours, torchs = (partial(getattr(home, op), *args, **options) for home in (FF, F))
+        return BadCall(name, ours, torchs, says)
+
+    return bad
 
 
 @dataclass(frozen=True)

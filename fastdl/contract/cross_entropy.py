@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as FF, nn as fnn
-from .case import BadCall, BenchCase, Case, Maker, Spec
+from .case import BenchCase, Case, Maker, Spec, bad_calls_of
 
 
 def labels(x: Tensor, classes: int, ignored: int | None = None) -> Tensor:
@@ -74,13 +74,7 @@ EMPTY = [
 ]
 
 
-def bad(name: str, *args: Any, says: tuple[str, ...], **options: Any) -> BadCall:
-    return BadCall(
-        name, lambda: FF.cross_entropy(*args, **options), lambda: F.cross_entropy(*args, **options),
-        says,
-    )  # fmt: skip
-
-
+bad = bad_calls_of("cross_entropy")
 X, Y, W = torch.ones(3, 5), torch.tensor([0, 1, 4]), torch.rand(5)
 BAD_CALLS = [
     bad("rows", X, Y[:2], says=("(3, 5)", "(2,)")),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as FF, nn as fnn
-from .case import BadCall, BenchCase, Case, Maker, Spec
+from .case import BenchCase, Case, Maker, Spec, bad_calls_of
 
 Make = Callable[[Maker], "partial[Any]"]
 Indices = Callable[[torch.Size, int], Tensor]
@@ -81,23 +81,15 @@ EMPTY = [
 ]
 
 
-def bad(name: str, *args: Any, says: tuple[str, ...], **options: Any) -> BadCall:
-    return BadCall(
-        name,
-        lambda: FF.embedding(*args, **options),
-        lambda: F.embedding(*args, **options),
-        says,
-    )
-
-
-W, I = torch.ones(4, 3), torch.tensor([1, 2])  # noqa: E741
+bad = bad_calls_of("embedding")
+W, IDS = torch.ones(4, 3), torch.tensor([1, 2])
 BAD_CALLS = [
     bad("past the end", torch.tensor([1, 4]), W, says=("index", "range")),
     bad("below 0", torch.tensor([-1]), W, says=("index", "range")),
-    bad("weight", I, torch.ones(4), says=("(4,)", "2-D")),
+    bad("weight", IDS, torch.ones(4), says=("(4,)", "2-D")),
     bad("dtype", torch.ones(2), W, says=("float32", "int64", "int32")),
-    bad("padding", I, W, 4, says=("4 rows", "padding_idx is 4")),
-    bad("negative padding", I, W, -5, says=("4 rows", "padding_idx is -5")),
+    bad("padding", IDS, W, 4, says=("4 rows", "padding_idx is 4")),
+    bad("negative padding", IDS, W, -5, says=("4 rows", "padding_idx is -5")),
     bad("a list", [1, 2], W, says=("list", "tensors")),
 ]
 

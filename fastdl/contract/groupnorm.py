@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as FF, nn as fnn
-from .case import BadCall, BenchCase, Case, Maker, Spec
+from .case import BenchCase, Case, Maker, Spec, bad_calls_of
 
 
 def with_channels_last(t: Tensor) -> Tensor:
@@ -84,10 +84,7 @@ EMPTY = [
 ]
 
 
-def bad(name: str, *args: Any, says: tuple[str, ...]) -> BadCall:
-    return BadCall(name, lambda: FF.group_norm(*args), lambda: F.group_norm(*args), says)
-
-
+bad = bad_calls_of("group_norm")
 X = torch.ones(2, 4, 3)
 BAD_CALLS = [
     bad("one dimension", X[0, 0], 1, says=("(3,)", "(N, C, ...)")),

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import functional as FF, nn as fnn
 from .batchnorm import statistics
-from .case import BadCall, BenchCase, Case, Maker, Spec
+from .case import BenchCase, Case, Maker, Spec, bad_calls_of
 from .groupnorm import channels_last
 
 
@@ -45,15 +45,7 @@ EMPTY = [
 ]
 
 
-def bad(name: str, *args: Any, says: tuple[str, ...], **options: Any) -> BadCall:
-    return BadCall(
-        name,
-        lambda: FF.instance_norm(*args, **options),
-        lambda: F.instance_norm(*args, **options),
-        says,
-    )
-
-
+bad = bad_calls_of("instance_norm")
 X = torch.ones(2, 4, 3)
 BAD_CALLS = [
     bad("one pixel", X[:, :, :1], says=("(2, 4, 1)", "more than 1")),

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import functional as FF, nn as fnn
-from .case import BadCall, BenchCase, Case, Maker, Spec
+from . import _rows
+from .case import Case, Maker, Spec
 
 
 def call(
@@ -32,21 +33,12 @@ def call(
 
 
 CASES = [
-    Case("odd rows", "masks of rows and columns", call((37,), (45,)), spelled=True),
+    *_rows.cases(call),
     Case("no weight", "missing factors", call((9,), (32,), weight=False, bias=False), spelled=True),
     Case("no bias", "a missing bias", call((9,), (40,), bias=False), spelled=True),
     Case("no weight, bias", "a missing weight", call((9,), (40,), weight=False)),
-    Case("two dimensions", "several normalized dimensions", call((3, 4), (5, 7)), spelled=True),
-    Case("no rows before", "normalizing all there is", call((), (33,)), spelled=True),
     Case("one column", "variance 0, and eps", call((9,), (1,))),
-    Case("one row", "a size of 1", call((1,), (64,)), spelled=True),
-    Case("many rows", "several rows a program, and a tail", call((131,), (24,)), spelled=True),
-    Case("wide", "rows beyond the registers, with a tail", call((5,), (300,)), core=True, spelled=True),
     Case("wide by groups", "scales of rows beyond the registers", call((2, 3), (200,), scale=(2, 1, 200), shift=(2, 1, 200), residual=True), spelled=True),
-    Case("beyond 65536", "a block that Triton would refuse", call((2,), (65600,))),
-    Case("residual", "h, and its gradient in two places", call((37,), (45,), residual=True, prenorm=True), core=True, spelled=True),
-    Case("residual alone", "a gradient of h that never comes", call((7,), (40,), residual=True), spelled=True),
-    Case("prenorm alone", "h when there is no residual", call((7,), (40,), prenorm=True)),
     Case("modulated by batch", "groups of rows", call((4, 11), (40,), scale=(4, 1, 40), shift=(4, 1, 40)), core=True, spelled=True),
     Case("modulated by row", "one group a row", call((6, 5), (40,), scale=(6, 5, 40), shift=(40,)), spelled=True),
     Case("modulated by column", "one group in all, and a broadcast column", call((6,), (40,), scale=(1, 1), shift=(40,))),
@@ -55,52 +47,22 @@ CASES = [
     Case("all", "everything at once", call((3, 5), (24,), residual=True, prenorm=True, scale=(3, 1, 24), shift=(3, 1, 24))),
     Case("mean far from 0", "cancellation in the variance", call((9,), (90,), mean=100.0)),
     Case("wide, mean far from 0", "cancellation when blocks are merged", call((3,), (400,), mean=100.0)),
-    Case("large eps", "eps inside of the root", call((9,), (40,), eps=0.5)),
 ]  # fmt: skip
 
-EMPTY = [
-    Case("no rows", "gradients of weights are zeros", call((0,), (8,))),
-    Case("no columns", "a reduced dimension of 0", call((4,), (0,))),
-]
-
-
-def bad(name: str, *args: Any, says: tuple[str, ...]) -> BadCall:
-    return BadCall(name, lambda: FF.layer_norm(*args), lambda: F.layer_norm(*args), says)
-
-
-X = torch.ones(2, 4)
-BAD_CALLS = [
-    bad("shape", X, (3,), says=("(2, 4)", "(3,)")),
-    bad("no shape", X, (), says=("(2, 4)", "()")),
-    bad("weight", X, (4,), torch.ones(3), says=("(4,)", "(3,)")),
-]
-
-
-def bench(rows: int, cols: int, backward: bool = False, **options: Any) -> BenchCase:
-    tensors = 4 if options.get("residual") else 2
-    name = f"{rows}x{cols}{' residual' if tensors == 4 else ''}{' backward' if backward else ''}"
-    make = call((rows,), (cols,), prenorm=tensors == 4, **options)
-    if backward:
-        tensors += 3  # backward reads two and writes one
-    return BenchCase(name, make, 2 * tensors * rows * cols, 0, backward=backward)
-
-
+bench = partial(_rows.bench, call)
 SPEC = Spec(
     "layer_norm",
     CASES,
     ("layer_norm", "layer_norm_backward"),
-    empty=EMPTY,
-    bad_calls=BAD_CALLS,
+    empty=_rows.empty(call),
+    bad_calls=_rows.bad_calls("layer_norm"),
     signatures=[(FF.layer_norm, F.layer_norm)],
     modules=[
         lambda: (fnn.LayerNorm(8), nn.LayerNorm(8), torch.randn(4, 8)),
         lambda: (fnn.LayerNorm((2, 4), bias=False), nn.LayerNorm((2, 4), bias=False), torch.randn(3, 2, 4)),
         lambda: (fnn.LayerNorm(8, elementwise_affine=False), nn.LayerNorm(8, elementwise_affine=False), torch.randn(4, 8)),
     ],
-    one_pass=[
-        Case("tall", "bytes", call((256,), (64,))),
-        Case("tall, all", "bytes", call((256,), (64,), residual=True, prenorm=True)),
-    ],
+    one_pass=_rows.one_pass(call),
     bench=[
         bench(65536, 256),
         bench(32768, 1024),

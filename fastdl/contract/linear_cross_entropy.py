@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import functional as FF, nn as fnn
-from .case import BadCall, BenchCase, Case, Maker, Spec
+from .case import BenchCase, Case, Maker, Spec, bad_calls_of
 from .cross_entropy import class_weights, labels
 
 
@@ -72,13 +72,7 @@ EMPTY = [
 ]
 
 
-def bad(name: str, *args: Any, says: tuple[str, ...], **options: Any) -> BadCall:
-    return BadCall(
-        name, lambda: FF.linear_cross_entropy(*args, **options),
-        lambda: F.linear_cross_entropy(*args, **options), says,
-    )  # fmt: skip
-
-
+bad = bad_calls_of("linear_cross_entropy")
 X, W, Y = torch.ones(3, 4), torch.ones(5, 4), torch.tensor([0, 1, 4])
 BAD_CALLS = [
     bad("features", X, torch.ones(5, 3), Y, says=("(3, 4)", "(5, 3)")),

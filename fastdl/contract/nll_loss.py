@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import functional as FF, nn as fnn
-from .case import BadCall, BenchCase, Case, Maker, Spec
+from .case import BenchCase, Case, Maker, Spec, bad_calls_of
 from .cross_entropy import class_weights, labels
 
 
@@ -33,12 +33,7 @@ CASES = [
 ]  # fmt: skip
 
 
-def bad(name: str, *args: Any, says: tuple[str, ...], **options: Any) -> BadCall:
-    return BadCall(
-        name, lambda: FF.nll_loss(*args, **options), lambda: F.nll_loss(*args, **options), says
-    )
-
-
+bad = bad_calls_of("nll_loss")
 X, Y = torch.ones(3, 5), torch.tensor([0, 1, 4])
 N = 1 << 15
 SPEC = Spec(

@@ -6,13 +6,14 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
-from ._op import gradients
+from ._op import differentiating, gradients, second_derivative
 from ._rows import dense
 from .activation import (
     Activations,
@@ -107,11 +108,11 @@ class Output:
     def __init__(self, x: Tensor, rows: Tensor, wanted: bool = True) -> None:
         self._result = torch.empty_like(x) if wanted else None
         fits = self._result is None or self._result.stride() == rows.stride()
-        self.written = self._result if fits else torch.empty_like(rows)
+        self.written: Any = self._result if fits else torch.empty_like(rows)
 
     def get(self) -> Any:
         if self._result is not None and self.written is not self._result:
-            self._result.copy_(self.written)  # type: ignore[arg-type]
+            self._result.copy_(self.written)
         return self._result
 
 
@@ -411,28 +412,42 @@ def kept(y: Tensor, residual: Tensor | None, name: str, a: float) -> tuple[Tenso
 
 
 def of_definition(
-    definition: Callable[..., Any], args: Sequence[Any], dy: Tensor, y: Tensor | None,
-    needs: Sequence[bool], differentiate: Callable[..., Any] = gradients,
+    definition: Callable[..., Any], x: Tensor, z: Tensor | None, from_y: bool, rest: Sequence[Any],
+    dy: Tensor, needs: Sequence[bool], differentiate: Callable[..., Any] = gradients,
     create_graph: bool = False,
-) -> list[Any]:  # fmt: skip
-    """Gradients of the definition, whose second argument is the residual and whose last three are
-    the activation. With y in place of the residual, that of the activation is taken there.
+) -> Any:  # fmt: skip
+    """Gradients of definition(x, residual, *rest), the last three of which are the activation. z is
+    the residual, or ("from y") the output: then the derivative of the activation is taken there.
     """
-    if y is None:
-        return differentiate(definition, args, dy, needs)[: len(needs)]
-    *before, name, a, b = args
-    g = gradients(apply_definition, (y, name, a, b), dy, [True], create_graph)[0]
+    if not from_y:
+        return tuple(differentiate(definition, (x, z, *rest), dy, needs)[: len(needs)])
+    *before, name, a, b = rest
+    g = gradients(apply_definition, (z, name, a, b), dy, [True], create_graph)[0]
     others = [needs[0], False, *needs[2:]]
     found = [None] * len(needs)
     if any(others):
-        found = differentiate(definition, (*before, *NO_ACT), g, others)[: len(needs)]
-    found[1] = g if needs[1] else None
-    return found
+        found = differentiate(definition, (x, None, *before, *NO_ACT), g, others)[: len(needs)]
+    return found[0], g if needs[1] else None, *found[2:]
 
 
-def joins(residual: Tensor | None, input: Tensor) -> bool:
-    """Whether adding the residual neither broadcasts nor promotes."""
-    return residual is None or (residual.dtype == input.dtype and residual.shape == input.shape)
+def backward(
+    op: str, definition: Callable[..., Any], x: Tensor, z: Tensor | None, from_y: bool,
+    rest: Sequence[Any], dy: Tensor, needs: Sequence[bool],
+    run: Callable[[list[bool]], Sequence[Tensor]],
+) -> Any:  # fmt: skip
+    """Gradients of x, the residual and the factors: `run` computes those that are needed, and
+    where backward is itself being differentiated, `of_definition` does.
+    """
+    # without an activation that of the residual is dy itself
+    passes = needs[1] and rest[-3] == "none"
+    needs = [needs[0], needs[1] and not passes, *needs[2:]]
+    grads: Sequence[Any] = [None] * len(needs)
+    if any(needs) and differentiating():
+        differentiate = partial(second_derivative, op)
+        grads = of_definition(definition, x, z, from_y, rest, dy, needs, differentiate, True)
+    elif any(needs):
+        grads = run(needs)
+    return grads[0], dy if passes else grads[1], *grads[2:]
 
 
 def finish(y: Tensor, residual: Tensor | None, activation: Activations) -> Tensor:

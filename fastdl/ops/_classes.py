@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._launch import device_of
+from ._op import Op
 from ._route import Reason
 
 Shape = tuple[int, ...]
@@ -127,10 +128,34 @@ def reduced(losses: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor,
     return (sums[0] / sums[1]).to(dtype), sums
 
 
+def put_sums(
+    sums: Tensor, loss: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> None:
+    """In torch, what `reduced` returns beside the loss."""
+    if sums.numel():
+        count = row_weights(x.float(), target, weight, ignore_index).sum()
+        sums.copy_(torch.stack([loss.float() * count, count]))
+
+
 def like_reduced(x: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, Tensor]:
     """What `reduced` allocates."""
     sums = x.new_empty(2 if reduction == "mean" else 0, dtype=torch.float32)
     return x.new_empty(row_shape(x) if reduction == "none" else (), dtype=dtype), sums
+
+
+def run_on_rows(
+    op: Op, input: Tensor, target: Tensor, probabilities: bool, weight: Tensor | None,
+    reduction: str, *options: Any,
+) -> Tensor:  # fmt: skip
+    """The op, on rows; its result has the shape of torch's."""
+    shape: tuple[int, ...] = ()
+    if input.dim() > 1:
+        shape = row_shape(input)
+    else:
+        input, target = input.unsqueeze(0), target.reshape((1, -1) if probabilities else 1)
+    target = flattened(target, 2 if probabilities else 1)
+    loss = op(flattened(input, 2), target, weight, reduction, *options)
+    return loss if reduction != "none" or loss.shape == shape else loss.view(shape)
 
 
 def rows_first(dloss: Any) -> tuple[Tensor, int]:

@@ -2,9 +2,10 @@
 together.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,12 @@ from ._route import Reason
 
 # A build that ships fastdl under another name changes this one line.
 NAMESPACE = "fastdl"
+
+# What a backward op returns: None where nobody needs it, which a schema has no word for.
+if TYPE_CHECKING:
+    Gradient = Any
+else:
+    Gradient = Tensor
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -142,6 +149,22 @@ def gradients(
     return result
 
 
+def empty_gradients(
+    tensors: Iterable[Any], needs: Iterable[bool], memory_format: Any = torch.contiguous_format
+) -> Any:
+    """A new tensor for each that needs a gradient, None for the others."""
+    return tuple(
+        torch.empty_like(t, memory_format=memory_format) if need else None
+        for t, need in zip(tensors, needs, strict=True)
+    )
+
+
+def copied(into: Iterable[Any], found: Iterable[Any]) -> Any:
+    """What torch computed, in the memory that was allocated for it."""
+    pairs = zip(into, found, strict=False)
+    return tuple(None if new is None else new.copy_(value) for new, value in pairs)
+
+
 def second_derivative(
     op: str, definition: Callable[..., Any], args: Sequence[Any], grads: Any, needs: Sequence[bool]
 ) -> list[Any]:
@@ -162,6 +185,20 @@ class Spelling(NamedTuple):
 
     pattern: Callable[..., Any]
     call: "Callable[..., partial[Any]]"
+
+
+def named(names: Iterable[str], pattern: Callable[..., Any]) -> Callable[..., Any]:
+    """A pattern that takes any arguments, as a function of parameters of these names."""
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature([inspect.Parameter(name, positional) for name in names])
+    vars(pattern)["__signature__"] = signature
+    return pattern
+
+
+def same_call(torchs: Callable[..., Any], ours: Callable[..., Any]) -> Spelling:
+    """torch's function, with all of its arguments, and ours, which has the same."""
+    pattern = named(inspect.signature(torchs).parameters, lambda *args: torchs(*args))
+    return Spelling(pattern, lambda **given: partial(ours, **given))
 
 
 class Op(NamedTuple):

@@ -1,6 +1,13 @@
-"""How tensors of one shape are walked together."""
+"""Whether tensors have one shape, and how those that have are walked together."""
 
 from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def joins(residual: Tensor | None, input: Tensor) -> bool:
+    """Whether adding the residual neither broadcasts nor promotes."""
+    return residual is None or (residual.dtype == input.dtype and residual.shape == input.shape)
 
 
 def merged(shape: Sequence[int], *strides: Sequence[int]) -> list[tuple[int, ...]]:

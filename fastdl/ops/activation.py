@@ -11,15 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._launch import Config, Kernel, cdiv, launch
-from ._op import (
-    SPELLINGS,
-    LibraryOp,
-    Op,
-    Spelling,
-    differentiating,
-    gradients,
-    second_derivative,
-)
+from ._op import SPELLINGS, LibraryOp, Op, Spelling, differentiating, gradients, second_derivative
 from ._rng import draw_seed, dropout as drop
 
 ACTIVATION_FWD = Kernel("activation.activation_fwd")
@@ -148,7 +140,8 @@ def _lower_module(module: nn.Module) -> tuple[Lowered, nn.Module | None]:
         name = "gelu_tanh"
     entry = ACTIVATIONS[name]
     given = [float(getattr(module, attribute)) for attribute in entry.attributes]
-    return (name, *given, *entry.defaults[len(given) :]), None  # type: ignore[return-value]
+    a, b = (*given, *entry.defaults[len(given) :])
+    return (name, a, b), None
 
 
 def has_hooks(module: nn.Module) -> bool:

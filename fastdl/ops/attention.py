@@ -12,6 +12,7 @@ from ._op import (
     LibraryOp,
     Op,
     autocast_to_lower,
+    copied,
     differentiating,
     gradients,
     second_derivative,
@@ -19,16 +20,7 @@ from ._op import (
 from ._rng import draw_seed, dropout
 from ._route import Reason
 from ._toolchain import register_a_is_safe
-from .attention_launch import (
-    LN2,
-    NEVER,
-    Given,
-    Gradients,
-    backward,
-    forward,
-    like,
-    like_backward,
-)
+from .attention_launch import LN2, NEVER, Given, Gradients, backward, forward, like, like_backward
 
 TENSORS = Given._fields.index("max_q")
 
@@ -166,10 +158,7 @@ def _torch_backward(
     wanted = _wanted(needs)
     upstream = do if dlse is None else (do, dlse)
     found = gradients(definition, (*args, dlse is not None), upstream, wanted)
-    return tuple(  # type: ignore[return-value]
-        None if new is None else new.copy_(found[i])
-        for new, i in zip(made, DIFFERENTIABLE, strict=True)
-    )
+    return copied(made, (found[i] for i in DIFFERENTIABLE))
 
 
 # q, k, v, the mask where it is a bias, and the sinks.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _tuned
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
+from ._op import empty_gradients
 
 ATTENTION_FWD = Kernel("attention.attention_fwd")
 ATTENTION_MERGE = Kernel("attention.attention_merge")
@@ -346,15 +347,11 @@ def like_backward(do: Tensor, dlse: Any, o: Tensor, lse: Tensor, *rest: Any) -> 
     *args, needs = rest
     a = Given(*args)
     packed = a.cu_q is not None
-    made = [
+    made: list[Any] = [
         _new_rows(x, x.shape[-1], packed) if need else None
         for x, need in zip((a.q, a.k, a.v), needs[:3], strict=True)
     ]
-    made += [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else None  # type: ignore[arg-type]
-        for x, need in zip((a.mask, a.sinks), needs[3:], strict=True)
-    ]
-    return tuple(made)  # type: ignore[return-value]
+    return *made, *empty_gradients((a.mask, a.sinks), needs[3:])
 
 
 def backward(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import SPELLINGS, Spelling
+from ._op import SPELLINGS, Spelling, named
 from .attention import scaled_dot_product_attention
 from .multi_head_attention import multi_head_attention_forward
 
@@ -148,13 +148,10 @@ _OF_HEADS = [
     for name in inspect.signature(F.multi_head_attention_forward).parameters
     if name != "need_weights"
 ]
-_of_heads.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in _OF_HEADS]
-)
 
 
 def _call_of_heads(**given: Any) -> partial[Any]:
     return partial(multi_head_attention, **given, need_weights=False)
 
 
-SPELLINGS.append(Spelling(_of_heads, _call_of_heads))
+SPELLINGS.append(Spelling(named(_OF_HEADS, _of_heads), _call_of_heads))

@@ -16,23 +16,17 @@ from ._channels import (
     NO_ACT,
     Factors,
     Moments,
+    backward,
     check_factors,
     finish,
-    joins,
     kept,
     launch_backward,
     launch_forward,
     of_definition,
 )
-from ._op import SPELLINGS, LibraryOp, Op, Spelling, differentiating, second_derivative
-from .activation import (
-    ACTIVATIONS,
-    Activations,
-    apply_definition,
-    lower,
-    spelled,
-    with_parameters,
-)
+from ._op import SPELLINGS, Gradient, LibraryOp, Op, Spelling, copied, empty_gradients
+from ._strides import joins
+from .activation import ACTIVATIONS, Activations, apply_definition, lower, spelled, with_parameters
 
 
 def definition(
@@ -58,17 +52,16 @@ def definition(
 
 
 def _like(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    given_mean: Tensor | None, given_var: Tensor | None, eps: float,
-    name: str, a: float, b: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    channels = x.shape[1] if given_mean is None else 0
-    return torch.empty_like(x), *_statistics(x, channels)
+    x: Tensor, residual: Any, weight: Any, bias: Any, given_mean: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_statistics(x, given_mean)
 
 
-def _statistics(x: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(x: Tensor, given_mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and unbiased variance of the batch; empty where these are given."""
-    return tuple(x.new_empty(channels, dtype=torch.float32) for _ in range(3))  # type: ignore
+    channels = x.shape[1] if given_mean is None else 0
+    mean, var, unbiased = (x.new_empty(channels, dtype=torch.float32) for _ in range(3))
+    return mean, var, unbiased
 
 
 def _forward(
@@ -76,7 +69,7 @@ def _forward(
     given_mean: Tensor | None, given_var: Tensor | None, eps: float,
     name: str, a: float, b: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    mean, var, unbiased = _statistics(x, x.shape[1] if given_mean is None else 0)
+    mean, var, unbiased = _statistics(x, given_mean)
     moments = _moments(mean, var, given_mean, given_var)._replace(unbiased=unbiased)
     factors = Factors(weight, bias)
     y = launch_forward(x, residual, factors, moments, eps, (name, a, b), x.shape[1], pooled=True)
@@ -105,16 +98,11 @@ def _torch_forward(
     return y, mean, var, unbiased
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Gradient, Gradient, Gradient, Gradient]
 
 
-def _like_backward(
-    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    given_mean: Tensor | None, given_var: Tensor | None, mean: Tensor, var: Tensor, eps: float,
-    name: str, a: float, b: float, from_y: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    pairs = zip((x, x, weight, bias), needs, strict=True)
-    return tuple(torch.empty_like(t) if need else None for t, need in pairs)  # type: ignore
+def _like_backward(dy: Tensor, x: Tensor, z: Any, weight: Any, bias: Any, *rest: Any) -> Gradients:
+    return empty_gradients((x, x, weight, bias), rest[-1], torch.preserve_format)
 
 
 def _backward(
@@ -126,22 +114,14 @@ def _backward(
         dy, x, z, from_y, Factors(weight, bias), _moments(mean, var, given_mean, given_var),
         eps, (name, a, b), needs, x.shape[1], pooled=True,
     )  # fmt: skip
-    factors: Any = [None, None]
-    if sums is not None:
-        # copies: outputs of an op share no memory
-        pairs = zip((weight, bias), (sums[1], sums[0]), needs[2:], strict=True)
-        factors = [s.to(f.dtype, copy=True) if need else None for f, s, need in pairs]  # type: ignore
-    return dx, g, *factors
+    if sums is None:
+        return dx, g, None, None
+    return dx, g, *copied(empty_gradients((weight, bias), needs[2:]), (sums[1], sums[0]))
 
 
-def _torch_backward(
-    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    given_mean: Tensor | None, given_var: Tensor | None, mean: Tensor, var: Tensor, eps: float,
-    name: str, a: float, b: float, from_y: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    residual, y = (None, z) if from_y else (z, None)
-    args = (x, residual, weight, bias, given_mean, given_var, False, eps, name, a, b)
-    return tuple(of_definition(definition, args, dy, y, needs))
+def _torch_backward(dy: Tensor, x: Tensor, z: Tensor | None, *rest: Any) -> Gradients:
+    *factors, _, _, eps, name, a, b, from_y, needs = rest
+    return of_definition(definition, x, z, from_y, (*factors, False, eps, name, a, b), dy, needs)
 
 
 FORWARD = LibraryOp("batch_norm", _forward, like=_like, torch_form=_torch_forward)
@@ -172,21 +152,14 @@ class BatchNormFunction(torch.autograd.Function):
         x, z, *tensors, mean, var = ctx.saved_tensors
         if dy is None:
             return (None,) * (7 + len(ctx.options))
-        needs, from_y = list(ctx.needs_input_grad[:4]), ctx.from_y
-        # without an activation it is dy itself
-        dresidual = dy if needs[1] and ctx.options[1] == "none" else None
-        needs[1] = needs[1] and dresidual is None
-        grads: Any = [None] * 4
-        if differentiating() and any(needs):
-            residual, y = (None, z) if from_y else (z, None)
-            args = (x, residual, *tensors, False, *ctx.options)
-            differentiate = partial(second_derivative, "batch_norm")
-            grads = of_definition(definition, args, dy, y, needs, differentiate, True)
-        elif any(needs):
-            grads = BACKWARD.overload(dy, x, z, *tensors, mean, var, *ctx.options, from_y, needs)
-        dx, g, *others = grads
-        dresidual = g if dresidual is None else dresidual
-        return dx, dresidual, *others, None, None, None, *(None for _ in ctx.options)
+        found = backward(
+            "batch_norm", definition, x, z, ctx.from_y, (*tensors, False, *ctx.options), dy,
+            ctx.needs_input_grad[:4],
+            lambda needs: BACKWARD.overload(
+                dy, x, z, *tensors, mean, var, *ctx.options, ctx.from_y, needs
+            ),
+        )  # fmt: skip
+        return *found, None, None, None, *(None for _ in ctx.options)
 
 
 def _inference(

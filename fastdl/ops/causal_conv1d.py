@@ -11,6 +11,7 @@ from ._finish import Extent, tile_of
 from ._launch import Kernel, cdiv, device_of, launch, power_of_2
 from ._op import (
     SPELLINGS,
+    Gradient,
     LibraryOp,
     Op,
     Spelling,
@@ -89,7 +90,7 @@ def _decline(x: Tensor, weight: Tensor, *rest: Any) -> Reason | None:
     return Reason.SIZE if weight.shape[1] > WIDEST or sum(steps) >= FAR else None
 
 
-Gradients = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Gradient, Gradient, Gradient]
 
 
 def _like_backward(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Gradients:
@@ -97,7 +98,7 @@ def _like_backward(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Gradien
     dx = _new_output(x, x.shape[2]) if needs[0] else None
     dweight = weight.new_empty(weight.shape) if needs[1] else None
     dbias = weight.new_empty(weight.shape[0]) if needs[2] else None
-    return dx, dweight, dbias  # type: ignore[return-value]
+    return dx, dweight, dbias
 
 
 def _backward(
@@ -122,7 +123,7 @@ def _backward(
     )  # fmt: skip
     dweight = None if partial_taps is None else partial_taps.sum(0).t().to(x.dtype).contiguous()
     dbias = None if partial_bias is None else partial_bias.sum(0).to(x.dtype)
-    return dx, dweight, dbias  # type: ignore[return-value]
+    return dx, dweight, dbias
 
 
 def _torch_backward(
@@ -133,7 +134,7 @@ def _torch_backward(
     args = (x, weight, x.new_zeros(weight.shape[0]), padding, "none", 0.0, 0.0)
     dx, dweight, dbias = gradients(definition, args, dz, needs)[:3]
     dx = None if dx is None else _new_output(x, x.shape[2]).copy_(dx)
-    return dx, dweight, dbias  # type: ignore[return-value]
+    return dx, dweight, dbias
 
 
 FORWARD = LibraryOp(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import (
+    Gradient,
     LibraryOp,
     Op,
     autocast_to_lower,
@@ -74,7 +75,7 @@ def _decline(x: Tensor, weight: Tensor, bias: Any, residual: Any, *rest: Any) ->
     return Reason.EMPTY if 0 in Geometry(*rest[:6]).output_shape(x, weight) else None
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Gradient, Gradient, Gradient, Gradient]
 
 
 def _like_backward(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Gradients:
@@ -85,7 +86,7 @@ def _like_backward(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Gradien
     outs = weight.shape[1] * groups if transposed else weight.shape[0]
     dbias = x.new_empty(outs) if needs[2] else None
     dz = allocate(x, dy.shape, last) if needs[3] and name != "none" else None
-    return dx, dweight, dbias, dz  # type: ignore[return-value]
+    return dx, dweight, dbias, dz
 
 
 def _backward(
@@ -99,12 +100,12 @@ def _backward(
     wanted = [needs[0], needs[1], needs[2] and dbias is None]
     found = _torch_gradients(dz, x, weight, geometry, wanted)
     dbias = found[2] if dbias is None else dbias
-    return *found[:2], dbias, dz if needs[3] and z is not None else None  # type: ignore
+    return found[0], found[1], dbias, dz if needs[3] and z is not None else None
 
 
 def _torch_gradients(
     dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: list[bool]
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Gradient, Gradient, Gradient]:
     if not any(needs):
         return None, None, None
     last, outs = are_last(x, weight), dz.shape[1]
@@ -127,7 +128,7 @@ def _torch_backward(
     if z is not None:
         dz = arranged(gradients(apply_definition, (z, *act), dy, [True])[0], are_last(x, weight))
     found = _torch_gradients(dz, x, weight, geometry, needs[:3])
-    return *found, dz if needs[3] and z is not None else None  # type: ignore[return-value]
+    return *found, dz if needs[3] and z is not None else None
 
 
 FORWARD = LibraryOp("conv", _forward, like=_like, torch_form=_torch_forward, decline=_decline)

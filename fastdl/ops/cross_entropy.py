@@ -8,22 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _classes
-from ._classes import (
-    flattened,
-    inner_of,
-    like_reduced,
-    n_rows_of,
-    new_losses,
-    reduced,
-    require_known,
-    row_shape,
-    row_weights,
-    rows_first,
-    strides,
-    too_many,
-)
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
-from ._op import LibraryOp, Op, differentiating, gradients, second_derivative
+from ._op import (
+    LibraryOp,
+    Op,
+    copied,
+    differentiating,
+    empty_gradients,
+    gradients,
+    second_derivative,
+)
 from ._reduction import reduction_of
 from ._route import Reason
 
@@ -55,7 +49,7 @@ def definition(
     if reduction != "none":
         square = square.sum()
     if reduction == "mean":
-        square = square / row_weights(z, target, weight, ignore_index).sum()
+        square = square / _classes.row_weights(z, target, weight, ignore_index).sum()
     return loss + z_loss * square
 
 
@@ -71,11 +65,10 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 def _like(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
-    smoothing: float, z_loss: float, softcap: float, wide: bool,
-) -> Outputs:  # fmt: skip
-    loss, sums = like_reduced(x, dtype_of(x, target, weight, wide), reduction)
-    return loss, x.new_empty((3, *row_shape(x)), dtype=torch.float32), sums
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *options: Any
+) -> Outputs:
+    loss, sums = _classes.like_reduced(x, dtype_of(x, target, weight, options[-1]), reduction)
+    return loss, x.new_empty((3, *_classes.row_shape(x)), dtype=torch.float32), sums
 
 
 def choose(n_cols: int, strided: bool, device: Device) -> Config:
@@ -110,12 +103,13 @@ def launch_forward(
 ) -> None:  # fmt: skip
     """Fill the losses of rows, what they count and what backward needs; dx may be x."""
     config, probabilities = config_for(x), target.is_floating_point()
-    n_rows, n_cols = n_rows_of(x), x.shape[1]
+    n_rows, n_cols = _classes.n_rows_of(x), x.shape[1]
     target = target if probabilities else target.contiguous()
     launch(
         CROSS_ENTROPY_FWD, (cdiv(n_rows, config["ROWS"]),),
         x, target, None if weight is None else weight.contiguous(), losses, row_weight, stats, dx,
-        n_rows, n_cols, inner_of(x), *strides(x), *strides(target if probabilities else None),
+        n_rows, n_cols, _classes.inner_of(x),
+        *_classes.strides(x), *_classes.strides(target if probabilities else None),
         0 if stats is None else stats.stride(0), ignore_index, smoothing or None, z_loss or None,
         softcap or None, PROBS=probabilities, config=config,
     )  # fmt: skip
@@ -126,14 +120,14 @@ def _forward(
     smoothing: float, z_loss: float, softcap: float, wide: bool,
 ) -> Outputs:  # fmt: skip
     if not target.is_floating_point():
-        require_known(target, x.shape[1], ignore_index)
+        _classes.require_known(target, x.shape[1], ignore_index)
     dtype = dtype_of(x, target, weight, wide)
-    stats = x.new_empty((3, *row_shape(x)), dtype=torch.float32)
-    losses, row_weight = new_losses(x, dtype, reduction)
+    stats = x.new_empty((3, *_classes.row_shape(x)), dtype=torch.float32)
+    losses, row_weight = _classes.new_losses(x, dtype, reduction)
     launch_forward(
         x, target, weight, losses, row_weight, stats, None, ignore_index, smoothing, z_loss, softcap
     )
-    loss, sums = reduced(losses, dtype, reduction)
+    loss, sums = _classes.reduced(losses, dtype, reduction)
     return loss, stats, sums
 
 
@@ -146,9 +140,7 @@ def _torch_forward(
     loss.copy_(definition(*args))
     if x.numel():
         stats.copy_(_statistics(_logits(x, softcap, True), target, weight, ignore_index, smoothing))
-    if reduction == "mean":
-        count = row_weights(x.float(), target, weight, ignore_index).sum()
-        sums.copy_(torch.stack([loss.float() * count, count]))
+    _classes.put_sums(sums, loss, x, target, weight, ignore_index)
     return loss, stats, sums
 
 
@@ -164,7 +156,7 @@ def _statistics(
             shares = shares * weight.view(-1, *[1] * (z.dim() - 2))
         return torch.stack([largest, log_sum, shares.sum(1)])
     average = 1.0 if weight is None else weight.to(z.dtype).mean()
-    given = (1 - smoothing) * row_weights(z, target, weight, ignore_index)
+    given = (1 - smoothing) * _classes.row_weights(z, target, weight, ignore_index)
     total = torch.where(target == ignore_index, 0.0, given + smoothing * average)
     return torch.stack([largest, log_sum, total])
 
@@ -172,14 +164,8 @@ def _statistics(
 Gradients = tuple[Tensor, Tensor]
 
 
-def _like_backward(
-    dloss: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, sums: Tensor,
-    reduction: str, ignore_index: int, smoothing: float, z_loss: float, softcap: float, wide: bool,
-    needs: list[bool],
-) -> Gradients:  # fmt: skip
-    return tuple(  # type: ignore[return-value]
-        torch.empty_like(t) if need else None for t, need in zip((x, target), needs, strict=True)
-    )
+def _like_backward(dloss: Tensor, x: Tensor, target: Tensor, *rest: Any) -> Gradients:
+    return empty_gradients((x, target), rest[-1], torch.preserve_format)
 
 
 def launch_backward(
@@ -189,15 +175,16 @@ def launch_backward(
 ) -> None:  # fmt: skip
     """Fill dx and dtarget; dx may be x."""
     config, probabilities = config_for(x), target.is_floating_point()
-    n_rows, n_cols = n_rows_of(x), x.shape[1]
+    n_rows, n_cols = _classes.n_rows_of(x), x.shape[1]
     parts = cdiv(n_cols, config["BLOCK"])
-    dloss, dloss_row = rows_first(dloss)
+    dloss, dloss_row = _classes.rows_first(dloss)
     target = target if probabilities else target.contiguous()
     launch(
         CROSS_ENTROPY_BWD, (cdiv(n_rows, config["ROWS"]) * parts,),
         dloss, x, target, None if weight is None else weight.contiguous(), stats, sums, dx, dtarget,
-        n_rows, n_cols, inner_of(x), parts, *strides(x),
-        *strides(target if probabilities else None), *strides(dx), *strides(dtarget), dloss_row,
+        n_rows, n_cols, _classes.inner_of(x), parts,
+        *_classes.strides(x), *_classes.strides(target if probabilities else None),
+        *_classes.strides(dx), *_classes.strides(dtarget), dloss_row,
         stats.stride(0), ignore_index, smoothing or None, z_loss or None, softcap or None,
         PROBS=probabilities, config=config,
     )  # fmt: skip
@@ -208,8 +195,7 @@ def _backward(
     reduction: str, ignore_index: int, smoothing: float, z_loss: float, softcap: float, wide: bool,
     needs: list[bool],
 ) -> Gradients:  # fmt: skip
-    args = (reduction, ignore_index, smoothing, z_loss, softcap, wide, needs)
-    dx, dtarget = _like_backward(dloss, x, target, weight, stats, sums, *args)
+    dx, dtarget = _like_backward(dloss, x, target, needs)
     launch_backward(
         dloss, x, target, weight, stats, sums if reduction == "mean" else None, dx, dtarget,
         ignore_index, smoothing, z_loss, softcap,
@@ -218,20 +204,15 @@ def _backward(
 
 
 def _torch_backward(
-    dloss: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, sums: Tensor,
-    reduction: str, ignore_index: int, smoothing: float, z_loss: float, softcap: float, wide: bool,
-    needs: list[bool],
-) -> Gradients:  # fmt: skip
-    options = (reduction, ignore_index, smoothing, z_loss, softcap, wide)
-    outs = _like_backward(dloss, x, target, weight, stats, sums, *options, needs)
+    dloss: Tensor, x: Tensor, target: Tensor, weight: Any, stats: Any, sums: Any, *rest: Any
+) -> Gradients:
+    *options, needs = rest
     found = gradients(definition, (x, target, weight, *options), dloss, needs)
-    return tuple(  # type: ignore[return-value]
-        None if out is None else out.copy_(grad) for out, grad in zip(outs, found, strict=False)
-    )
+    return copied(_like_backward(dloss, x, target, needs), found)
 
 
 FORWARD = LibraryOp(
-    "cross_entropy", _forward, like=_like, torch_form=_torch_forward, decline=too_many
+    "cross_entropy", _forward, like=_like, torch_form=_torch_forward, decline=_classes.too_many
 )
 BACKWARD = LibraryOp(
     "cross_entropy_backward", _backward, like=_like_backward, torch_form=_torch_backward
@@ -325,15 +306,9 @@ def run(
 ) -> Tensor:  # fmt: skip
     """The op, on rows."""
     probabilities = check("cross_entropy", input.shape, target, weight, ignore_index, smoothing)
-    shape: tuple[int, ...] = ()
-    if input.dim() > 1:
-        shape = row_shape(input)
-    else:
-        input, target = input.unsqueeze(0), target.reshape((1, -1) if probabilities else 1)
     if weight is not None and in_autocast(input):
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    loss = OP(
-        flattened(input, 2), flattened(target, 2 if probabilities else 1), weight,
-        reduction, ignore_index, max(float(smoothing), 0.0), float(z_loss), float(softcap), wide,
+    return _classes.run_on_rows(
+        OP, input, target, probabilities, weight, reduction, ignore_index,
+        max(float(smoothing), 0.0), float(z_loss), float(softcap), wide,
     )  # fmt: skip
-    return loss if reduction != "none" or loss.shape == shape else loss.view(shape)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cross_entropy as fused, linear_cross_entropy as fused_linear
-from ._op import SPELLINGS, Spelling
+from ._op import SPELLINGS, Spelling, same_call
 from .cross_entropy import cross_entropy, in_autocast
 from .linear_cross_entropy import linear_cross_entropy
 from .nll_loss import nll_loss
@@ -34,26 +34,12 @@ def _as_rows(x: Tensor, classes: int, layout: str, width: int | None, shifted: b
 
 
 def cross_entropy_of_rows(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    layout: str = "as it is",
-    width: int | None = None,
-    shifted: bool = False,
-    wide: bool = False,
-    softcap: float = 0.0,
+    input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any
 ) -> Tensor:
     """cross_entropy of softcap tanh(input / softcap), computed in float32 of less if `wide`, of the
     rows that `layout` makes; `shifted` drops the last of each sequence before.
     """
-    return fused.run(
-        _as_rows(input, input.shape[-1], layout, width, shifted), target, weight, reduction,
-        ignore_index, label_smoothing, 0.0, softcap, wide or in_autocast(input),
-    )  # fmt: skip
+    return _of_rows(input, None, target, weight, **options)
 
 
 def linear_cross_entropy_of_rows(
@@ -62,24 +48,30 @@ def linear_cross_entropy_of_rows(
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None = None,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    layout: str = "as it is",
-    width: int | None = None,
-    shifted: bool = False,
-    wide: bool = False,
-    softcap: float = 0.0,
+    **options: Any,
 ) -> Tensor:
     """linear_cross_entropy, likewise."""
-    rows = _as_rows(input, linear_weight.shape[0], layout, width, shifted)
+    return _of_rows(input, (linear_weight, linear_bias), target, weight, **options)
+
+
+def _of_rows(
+    input: Tensor, head: tuple[Tensor, Tensor | None] | None, target: Tensor,
+    weight: Tensor | None, *, ignore_index: int = -100, reduction: str = "mean",
+    label_smoothing: float = 0.0, layout: str = "as it is", width: int | None = None,
+    shifted: bool = False, wide: bool = False, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
+    classes = input.shape[-1] if head is None else head[0].shape[0]
+    rows = _as_rows(input, classes, layout, width, shifted)
+    options: Any = (
+        target, weight, reduction, ignore_index, label_smoothing, 0.0, softcap,
+        wide or in_autocast(input),
+    )  # fmt: skip
+    if head is None:
+        return fused.run(rows, *options)
     if rows.dim() > 2:
         raise RuntimeError(f"input is {tuple(rows.shape)}, it must be rows")
-    return fused_linear.run(
-        rows, linear_weight, linear_bias, target, weight, reduction, ignore_index,
-        label_smoothing, 0.0, softcap, wide or in_autocast(input), 0,
-    )  # fmt: skip
+    arguments: Any = (rows, *head, *options, 0)
+    return fused_linear.run(*arguments)
 
 
 def cross_entropy_of_log_softmax(
@@ -165,8 +157,8 @@ def _spell(layout: tuple[Step, str, bool], widens: str, caps: bool, head: bool) 
     rows, name, shifted = layout
 
     def pattern(
-        x: Any, lw: Any, lb: Any, t: Any, w: Any, ignore: Any, reduction: Any, eps: Any, n: Any,
-        v: Any, cap: Any,
+        x: Any, lw: Any, lb: Any, t: Any, w: Any, n: Any, v: Any, cap: Any,
+        ignore_index: Any, reduction: Any, label_smoothing: Any,
     ) -> Any:  # fmt: skip
         z = F.linear(x, lw, lb) if head else x
         z = torch.tanh(z / cap) * cap if caps else z
@@ -174,14 +166,13 @@ def _spell(layout: tuple[Step, str, bool], widens: str, caps: bool, head: bool) 
         z = rows(z, n, v)
         z = _wide(z) if widens == "after" else z
         return F.cross_entropy(
-            z, t, w, ignore_index=ignore, reduction=reduction, label_smoothing=eps
-        )
+            z, t, w, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
 
     def call(
-        x: Any, lw: Any, lb: Any, t: Any, w: Any, ignore: Any, reduction: Any, eps: Any, n: Any,
-        v: Any, cap: Any,
-    ) -> partial[Any]:  # fmt: skip
-        options = {"ignore_index": ignore, "reduction": reduction, "label_smoothing": eps}
+        x: Any, lw: Any, lb: Any, t: Any, w: Any, n: Any, v: Any, cap: Any, **options: Any
+    ) -> partial[Any]:
         more = {
             **({} if name == "as it is" else {"layout": name}),
             **({"width": v} if name == "view" else {}), **({"shifted": True} if shifted else {}),
@@ -192,7 +183,7 @@ def _spell(layout: tuple[Step, str, bool], widens: str, caps: bool, head: bool) 
             return partial(of_rows, x, *((lw, lb) if head else ()), t, w, **options, **more)
         if not head:
             return partial(cross_entropy, x, t, w, **options)
-        if ignore == -100:
+        if options["ignore_index"] == -100:
             options["ignore_index"] = None  # probabilities have none
         return partial(linear_cross_entropy, x, lw, t, linear_bias=lb, weight=w, **options)
 
@@ -212,23 +203,24 @@ SPELLINGS.extend(
 
 def _spell_log_softmax(log_softmax: Step, wide: bool) -> Spelling:
     """nll_loss of log_softmax."""
-    options = {"wide": True} if wide else {}
+    options: Any = {"wide": True} if wide else {}
 
-    def pattern(x: Any, dim: Any, t: Any, w: Any, ignore: Any, reduction: Any) -> Any:
-        return F.nll_loss(log_softmax(x, dim), t, w, ignore_index=ignore, reduction=reduction)
+    def pattern(
+        input: Any, dim: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any
+    ) -> Any:
+        return F.nll_loss(
+            log_softmax(input, dim), target, weight, ignore_index=ignore_index, reduction=reduction
+        )
 
-    def call(x: Any, dim: Any, t: Any, w: Any, ignore: Any, reduction: Any) -> partial[Any]:
-        return partial(
-            cross_entropy_of_log_softmax, x, t, w, dim=dim, ignore_index=ignore,
-            reduction=reduction, **options,
-        )  # fmt: skip
+    def call(**given: Any) -> partial[Any]:
+        return partial(cross_entropy_of_log_softmax, **given, **options)
 
     return Spelling(pattern, call)
 
 
 def _spell_chosen(log_softmax: Step, wide: bool) -> Spelling:
     """log_softmax at one index a row."""
-    options = {"wide": True} if wide else {}
+    options: Any = {"wide": True} if wide else {}
     return Spelling(
         lambda x, i: log_softmax(x, -1).gather(-1, i.unsqueeze(-1)).squeeze(-1),
         lambda x, i: partial(chosen_log_softmax, x, i, **options),
@@ -243,16 +235,7 @@ _LOG_SOFTMAXES: list[tuple[Step, bool]] = [
 SPELLINGS.extend(_spell_log_softmax(*way) for way in _LOG_SOFTMAXES)
 SPELLINGS.extend(_spell_chosen(*way) for way in _LOG_SOFTMAXES)
 
-SPELLINGS.append(
-    Spelling(
-        lambda x, t, w, ignore, reduction: F.nll_loss(
-            x, t, w, ignore_index=ignore, reduction=reduction
-        ),
-        lambda x, t, w, ignore, reduction: partial(
-            nll_loss, x, t, w, ignore_index=ignore, reduction=reduction
-        ),
-    )
-)
+SPELLINGS.append(same_call(F.nll_loss, nll_loss))
 
 
 def _spell_smoothed(end: Step, reduction: str, dim: int) -> Spelling:

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
-from ._op import LibraryOp, Op, differentiating, gradients, second_derivative
+from ._op import (
+    LibraryOp,
+    Op,
+    copied,
+    differentiating,
+    empty_gradients,
+    gradients,
+    second_derivative,
+)
 from ._strides import merged
 from .activation import Activations, apply_definition, lower
 
@@ -45,9 +53,7 @@ def _views(x: Tensor, gate: Tensor | None, dim: int, gate_first: bool) -> tuple[
     return _in_order((x.narrow(dim, 0, half), x.narrow(dim, half, half)), gate_first)
 
 
-def _like(
-    x: Tensor, gate: Tensor | None, dim: int, gate_first: bool, name: str, a: float, b: float
-) -> Tensor:
+def _like(x: Tensor, gate: Tensor | None, dim: int, gate_first: bool, *act: Any) -> Tensor:
     return torch.empty_like(_views(x, gate, dim, gate_first)[0])
 
 
@@ -123,19 +129,16 @@ def _torch_forward(x: Tensor, *args: Any) -> Tensor:
     return _like(x, *args).copy_(definition(x, *args))
 
 
-def _like_backward(
-    dy: Tensor, x: Tensor, gate: Tensor | None, dim: int, gate_first: bool, name: str, a: float,
-    b: float, needs: list[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _like_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     # both in the order of memory of x, so that one walk fills them
-    return tuple(torch.empty_like(x) if need else None for need in needs)  # type: ignore
+    return empty_gradients((x, x), rest[-1], torch.preserve_format)
 
 
 def _backward(
     dy: Tensor, x: Tensor, gate: Tensor | None, dim: int, gate_first: bool, name: str, a: float,
     b: float, needs: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grads = _like_backward(dy, x, gate, dim, gate_first, name, a, b, needs)
+    grads = _like_backward(dy, x, needs)
     # the halves of one gradient are written where they belong
     outputs = list(grads if gate is not None else _views(grads[0], None, dim, gate_first))
     like = next(t for t in outputs if t is not None)
@@ -144,16 +147,9 @@ def _backward(
     return grads
 
 
-def _torch_backward(
-    dy: Tensor, x: Tensor, gate: Tensor | None, dim: int, gate_first: bool, name: str, a: float,
-    b: float, needs: list[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    args = (x, gate, dim, gate_first, name, a, b)
-    grads = _like_backward(dy, *args, needs)
-    found = gradients(definition, args, dy, needs)
-    return tuple(  # type: ignore[return-value]
-        None if new is None else new.copy_(grad) for new, grad in zip(grads, found, strict=False)
-    )
+def _torch_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *args, needs = rest
+    return copied(_like_backward(dy, x, needs), gradients(definition, (x, *args), dy, needs))
 
 
 FORWARD = LibraryOp("glu", _forward, like=_like, torch_form=_torch_forward)

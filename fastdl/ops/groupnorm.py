@@ -14,31 +14,17 @@ from ._channels import (
     NO_ACT,
     Factors,
     Moments,
+    backward,
     check_factors,
     finish,
-    joins,
     kept,
     launch_backward,
     launch_forward,
     of_definition,
 )
-from ._op import (
-    SPELLINGS,
-    LibraryOp,
-    Op,
-    Spelling,
-    autocast_to_float32,
-    differentiating,
-    second_derivative,
-)
-from .activation import (
-    ACTIVATIONS,
-    Activations,
-    apply_definition,
-    lower,
-    spelled,
-    with_parameters,
-)
+from ._op import SPELLINGS, LibraryOp, Op, Spelling, autocast_to_float32, empty_gradients
+from ._strides import joins
+from .activation import ACTIVATIONS, Activations, apply_definition, lower, spelled, with_parameters
 
 
 def definition(
@@ -60,10 +46,8 @@ def definition(
 
 
 def _like(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
-    name: str, a: float, b: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, residual: Any, weight: Any, bias: Any, scale: Any, shift: Any, groups: int, *act: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
@@ -107,15 +91,13 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _like_backward(
-    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, mean: Tensor, var: Tensor, groups: int, eps: float,
-    name: str, a: float, b: float, from_y: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    factors = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None  # type: ignore[arg-type]
-        for t, need in zip((weight, bias, scale, shift), needs[2:], strict=True)
+    dy: Tensor, x: Tensor, z: Any, weight: Any, bias: Any, scale: Any, shift: Any, *rest: Any
+) -> Gradients:
+    needs = rest[-1]
+    return (
+        *empty_gradients((x, x), needs[:2], torch.preserve_format),
+        *empty_gradients((weight, bias, scale, shift), needs[2:]),
     )
-    return *(torch.empty_like(x) if need else None for need in needs[:2]), *factors  # type: ignore
 
 
 def _backward(
@@ -158,14 +140,9 @@ def _of_factors(
     ]
 
 
-def _torch_backward(
-    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, mean: Tensor, var: Tensor, groups: int, eps: float,
-    name: str, a: float, b: float, from_y: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    residual, y = (None, z) if from_y else (z, None)
-    args = (x, residual, weight, bias, scale, shift, groups, eps, name, a, b)
-    return tuple(of_definition(definition, args, dy, y, needs))
+def _torch_backward(dy: Tensor, x: Tensor, z: Tensor | None, *rest: Any) -> Gradients:
+    *factors, _, _, groups, eps, name, a, b, from_y, needs = rest
+    return of_definition(definition, x, z, from_y, (*factors, groups, eps, name, a, b), dy, needs)
 
 
 FORWARD = LibraryOp("group_norm", _forward, like=_like, torch_form=_torch_forward)
@@ -187,22 +164,14 @@ class GroupNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, z, *factors, mean, var = ctx.saved_tensors
-        needs, from_y = list(ctx.needs_input_grad[:6]), ctx.from_y
-        # without an activation it is dy itself
-        dresidual = dy if needs[1] and ctx.options[2] == "none" else None
-        needs[1] = needs[1] and dresidual is None
-        grads: Any = [None] * 6
-        if differentiating() and any(needs):
-            residual, y = (None, z) if from_y else (z, None)
-            args, differentiate = (
-                (x, residual, *factors, *ctx.options),
-                partial(second_derivative, "group_norm"),
-            )
-            grads = of_definition(definition, args, dy, y, needs, differentiate, True)
-        elif any(needs):
-            grads = BACKWARD.overload(dy, x, z, *factors, mean, var, *ctx.options, from_y, needs)
-        dx, g, *others = grads
-        return dx, g if dresidual is None else dresidual, *others, *(None for _ in ctx.options)
+        found = backward(
+            "group_norm", definition, x, z, ctx.from_y, (*factors, *ctx.options), dy,
+            ctx.needs_input_grad[:6],
+            lambda needs: BACKWARD.overload(
+                dy, x, z, *factors, mean, var, *ctx.options, ctx.from_y, needs
+            ),
+        )  # fmt: skip
+        return *found, *(None for _ in ctx.options)
 
 
 def _inference(*args: Any) -> Tensor:

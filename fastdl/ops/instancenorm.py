@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _route
-from ._channels import NO_ACT, check_factors, finish, joins
+from ._channels import NO_ACT, check_factors, finish
 from ._op import SPELLINGS, Spelling
 from ._route import Reason
+from ._strides import joins
 from .activation import ACTIVATIONS, Activations, lower, spelled, with_parameters
 from .batchnorm import batch_norm
 from .groupnorm import OP

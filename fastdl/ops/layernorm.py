@@ -11,16 +11,19 @@ from . import _tuned
 from ._launch import device_of
 from ._op import (
     SPELLINGS,
+    Gradient,
     LibraryOp,
     Op,
     Spelling,
     autocast_to_float32,
     differentiating,
+    empty_gradients,
     gradients,
     second_derivative,
 )
 from ._route import Reason
 from ._rows import as_rows, check, choose, launch_backward, launch_forward
+from ._strides import joins
 
 
 def definition(
@@ -111,18 +114,13 @@ def _decline(x: Tensor, *args: Any) -> Reason | None:
     return Reason.MEASURED if tuned is not None and tuned.variant == "torch" else None
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Gradient, Gradient, Gradient, Gradient, Gradient]
 
 
 def _like_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor, dims: int, eps: float,
-    needs: list[bool],
-) -> Gradients:  # fmt: skip
-    return tuple(  # type: ignore[return-value]
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None  # type: ignore[arg-type]
-        for t, need in zip((h, weight, bias, scale, shift), needs, strict=True)
-    )
+    dy: Tensor, dh: Any, h: Tensor, weight: Any, bias: Any, scale: Any, shift: Any, *rest: Any
+) -> Gradients:
+    return empty_gradients((h, weight, bias, scale, shift), rest[-1])
 
 
 def _backward(
@@ -138,7 +136,7 @@ def _backward(
         choose("layer_norm_backward", rows.shape[1], h.dtype, device_of(h)), any(needs[1:]),
     )  # fmt: skip
     if by_group is None:
-        return dx, None, None, None, None  # type: ignore[return-value]
+        return dx, None, None, None, None
     lead = _leading(h, dims, scale, shift)
     into = ((0, weight), (1, bias), (2, scale), (1 if scale is None else 3, shift))
     factors: Any = [
@@ -156,12 +154,9 @@ def _into(by_group: Tensor, h: Tensor, lead: int, dims: int, like: Any) -> Tenso
     return full.sum_to_size(like.shape).to(like.dtype, copy=True)
 
 
-def _torch_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor, dims: int, eps: float,
-    needs: list[bool],
-) -> Gradients:  # fmt: skip
-    args = (h, None, weight, bias, scale, shift, dims, eps)
+def _torch_backward(dy: Tensor, dh: Tensor | None, h: Tensor, *rest: Any) -> Gradients:
+    *factors, _, _, dims, eps, needs = rest
+    args = (h, None, *factors, dims, eps)
     dx, _, *others = gradients(definition, args, dy, [needs[0], False, *needs[1:]])[:6]
     return (dx if dx is None or dh is None else dx + dh), *others
 
@@ -229,9 +224,7 @@ def layer_norm(
     input, weight, bias, residual, scale, shift = autocast_to_float32(
         input, weight, bias, residual, scale, shift
     )
-    if residual is not None and not (
-        residual.dtype == input.dtype and residual.shape == input.shape
-    ):
+    if residual is not None and not joins(residual, input):
         input, residual = input + residual, None
     late = [f for f in (scale, shift) if f is not None and not _modulates(f, input)]
     early = (scale, shift) if not late else (None, None)

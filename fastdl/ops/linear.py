@@ -16,6 +16,7 @@ from ._finish import Extent, launch_backward, launch_finish
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
 from ._op import (
     SPELLINGS,
+    Gradient,
     LibraryOp,
     Op,
     Spelling,
@@ -287,13 +288,14 @@ def _decline(x: Tensor, weight: Tensor, *args: Any) -> Reason | None:
     return Reason.MEASURED if tuned is not None and tuned.variant == "torch" else None
 
 
-Gradients = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Gradient, Gradient, Gradient]
 
 
 def _like_backward(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Gradients:
     needs = rest[-1]
     shapes = (x.shape, weight.shape, weight.shape[:1])
-    return tuple(x.new_empty(s) if need else None for s, need in zip(shapes, needs, strict=True))  # type: ignore
+    made: Any = (x.new_empty(s) if need else None for s, need in zip(shapes, needs, strict=True))
+    return tuple(made)
 
 
 def _backward(
@@ -308,7 +310,7 @@ def _backward(
         dz, dbias = launch_backward(dy.contiguous(), z, seed, extent, (name, a, b, p), needs[2])
     dx = torch.mm(dz, weight).view(x.shape) if needs[0] else None
     dweight = torch.mm(dz.t(), x2) if needs[1] else None
-    return dx, dweight, dbias  # type: ignore[return-value]
+    return dx, dweight, dbias
 
 
 def _torch_backward(

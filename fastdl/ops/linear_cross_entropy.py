@@ -14,7 +14,15 @@ from torch import Tensor
 from . import cross_entropy as rows
 from ._classes import like_reduced, new_losses, reduced, require_known
 from ._launch import Device, cdiv, device_of
-from ._op import LibraryOp, Op, autocast_to_lower, differentiating, gradients, second_derivative
+from ._op import (
+    LibraryOp,
+    Op,
+    autocast_to_lower,
+    differentiating,
+    empty_gradients,
+    gradients,
+    second_derivative,
+)
 from ._reduction import reduction_of
 from ._route import Reason
 from .cross_entropy import cross_entropy, in_autocast
@@ -98,12 +106,15 @@ def _like(
     chunk: int, needs: list[bool],
 ) -> Outputs:  # fmt: skip
     loss, sums = like_reduced(x, rows.dtype_of(x, target, class_weight, wide), reduction)
-    stats = (3, x.shape[0]) if reduction == "none" else (0,)
-    shapes = (stats, *(
+    of_stats = (3, x.shape[0]) if reduction == "none" else (0,)
+    shapes = (
         t.shape if need and t is not None else (0,)
         for t, need in zip((x, weight, bias), needs, strict=True)
-    ))  # fmt: skip
-    return loss, sums, *(x.new_empty(s, dtype=torch.float32) for s in shapes)  # type: ignore
+    )
+    stats, dx, dweight, dbias = (
+        x.new_empty(shape, dtype=torch.float32) for shape in (of_stats, *shapes)
+    )
+    return loss, sums, stats, dx, dweight, dbias
 
 
 def _forward(
@@ -114,7 +125,7 @@ def _forward(
     if not target.is_floating_point():
         require_known(target, weight.shape[0], ignore_index)
     options = (ignore_index, smoothing, z_loss, softcap)
-    _, _, stats, *totals = _like(
+    _, _, stats, *totals = outs = _like(
         x, weight, bias, target, class_weight, reduction, *options, wide, chunk, needs
     )
     wanted = [t if need else None for t, need in zip(totals, needs, strict=True)]
@@ -130,8 +141,7 @@ def _forward(
             stats[:, part] if reduction == "none" else None, z if any(needs) else None, *options,
         )  # fmt: skip
         _add_gradients(wanted, z, x, weight, part)
-    loss, sums = reduced(losses, dtype, reduction)
-    return loss, sums, stats, *totals  # type: ignore[return-value]
+    return *reduced(losses, dtype, reduction), *outs[2:]
 
 
 def _torch_forward(
@@ -164,15 +174,9 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def _like_backward(
-    dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-    class_weight: Tensor | None, sums: Tensor, stats: Tensor, dx: Tensor, dweight: Tensor,
-    dbias: Tensor, reduction: str, ignore_index: int, smoothing: float, z_loss: float,
-    softcap: float, wide: bool, chunk: int, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    return tuple(  # type: ignore[return-value]
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None  # type: ignore
-        for t, need in zip((x, weight, bias), needs, strict=True)
-    )
+    dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> Gradients:
+    return empty_gradients((x, weight, bias), rest[-1])
 
 
 def _backward(
@@ -182,10 +186,7 @@ def _backward(
     softcap: float, wide: bool, chunk: int, needs: list[bool],
 ) -> Gradients:  # fmt: skip
     options = (ignore_index, smoothing, z_loss, softcap)
-    outs = _like_backward(
-        dloss, x, weight, bias, target, class_weight, sums, stats, dx, dweight, dbias, reduction,
-        *options, wide, chunk, needs,
-    )  # fmt: skip
+    outs = _like_backward(dloss, x, weight, bias, needs)
     if reduction != "none":
         scale = dloss.float()
         if reduction == "mean":
@@ -214,17 +215,10 @@ def _total_of(out: Tensor) -> Tensor:
     return out if out.dtype == torch.float32 else out.new_empty(out.shape, dtype=torch.float32)
 
 
-def _torch_backward(
-    dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-    class_weight: Tensor | None, sums: Tensor, stats: Tensor, dx: Tensor, dweight: Tensor,
-    dbias: Tensor, reduction: str, ignore_index: int, smoothing: float, z_loss: float,
-    softcap: float, wide: bool, chunk: int, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    args = (
-        x, weight, bias, target, class_weight, reduction, ignore_index, smoothing, z_loss,
-        softcap, wide, chunk,
-    )  # fmt: skip
-    return tuple(gradients(definition, args, dloss, needs)[:3])
+def _torch_backward(dloss: Tensor, *rest: Any) -> Gradients:
+    *args, needs = rest
+    given, options = args[:5], args[10:]
+    return tuple(gradients(definition, (*given, *options), dloss, needs)[:3])
 
 
 FORWARD = LibraryOp(

@@ -1,6 +1,5 @@
 """The losses under torch's names, and the ways in which people write them."""
 
-import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import SPELLINGS, Spelling
+from ._op import SPELLINGS, Spelling, same_call
 from ._reduction import reduction_of
 from .losses import pointwise
 
@@ -183,19 +182,6 @@ def loss_of_difference(input: Tensor, target: Tensor, loss: str, reduction: str)
     return pointwise(x, t, loss, reduction)
 
 
-def _spell(torchs: Callable[..., Any], ours: Callable[..., Any]) -> Spelling:
-    """torch's function, with all of its arguments, and ours, which has the same."""
-
-    def pattern(*args: Any) -> Any:
-        return torchs(*args)
-
-    names = inspect.signature(torchs).parameters
-    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    signature = inspect.Signature([inspect.Parameter(name, positional) for name in names])
-    pattern.__signature__ = signature  # type: ignore[attr-defined]
-    return Spelling(pattern, lambda **given: partial(ours, **given))
-
-
 def _spell_out(difference: Callable[[Any], Any], loss: str, reduction: str) -> Spelling:
     """The loss of a difference written out, and its mean or sum."""
 
@@ -209,7 +195,7 @@ def _spell_out(difference: Callable[[Any], Any], loss: str, reduction: str) -> S
 
 
 SPELLINGS.extend(
-    _spell(getattr(F, ours.__name__), ours)
+    same_call(getattr(F, ours.__name__), ours)
     for ours in (
         mse_loss, l1_loss, smooth_l1_loss, huber_loss, kl_div, binary_cross_entropy_with_logits,
     )

@@ -16,11 +16,13 @@ from ._op import (
     LibraryOp,
     Op,
     autocast_widens,
+    copied,
     differentiating,
     gradients,
     second_derivative,
 )
 from ._route import Reason
+from ._strides import merged
 
 LOSS_FWD = Kernel("losses.loss_fwd")
 LOSS_TOTAL = Kernel("losses.loss_total")
@@ -139,12 +141,7 @@ class Flat(NamedTuple):
 
 def _period(tensor: Tensor) -> tuple[int, int] | None:
     """(inner, size) of a tensor that repeats whole blocks of `size`, each element `inner` times."""
-    dims: list[tuple[int, int]] = []
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        if dims and dims[-1][1] == stride * size:
-            dims[-1] = (dims[-1][0] * size, stride)
-        elif size != 1:
-            dims.append((size, stride))
+    dims = merged(tensor.shape, tensor.stride())
     dims = dims[1:] if dims and dims[0][1] == 0 else dims
     inner = dims.pop()[0] if dims and dims[-1][1] == 0 else 1
     if len(dims) > 1 or (dims and dims[0][1] != 1):
@@ -201,15 +198,14 @@ def _torch_forward(
     return y.copy_(definition(*args)), divisor
 
 
-def _like_backward(
-    dy: Tensor, x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None,
-    divisor: Tensor, loss: str, a: float, reduction: str, wide: bool, needs: list[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _like_backward(dy: Tensor, x: Tensor, t: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    needs = rest[-1]
     like = x if needs[0] else t
-    return tuple(  # type: ignore[return-value]
+    made: Any = (
         torch.empty_like(like, dtype=z.dtype) if need else None
         for z, need in zip((x, t), needs, strict=True)
     )
+    return tuple(made)
 
 
 def _backward(
@@ -217,7 +213,7 @@ def _backward(
     divisor: Tensor, loss: str, a: float, reduction: str, wide: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     reduced, n = reduction != "none", x.numel()
-    dx, dt = _like_backward(dy, x, t, weight, pos_weight, divisor, loss, a, reduction, wide, needs)
+    dx, dt = _like_backward(dy, x, t, needs)
     flat = Flat.as_is(dx if needs[0] else dt)
     (of_weight, *weights), (of_pos, *poses) = flat.factor(weight), flat.factor(pos_weight)
     config = choose(n, device_of(x))
@@ -231,16 +227,12 @@ def _backward(
 
 
 def _torch_backward(
-    dy: Tensor, x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None,
-    divisor: Tensor, loss: str, a: float, reduction: str, wide: bool, needs: list[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    args = (x, t, weight, pos_weight, loss, a, reduction, wide)
-    wanted = [*needs, *(False for _ in args[2:])]
-    found = gradients(definition, args, dy, wanted)[:2]
-    made = _like_backward(dy, x, t, weight, pos_weight, divisor, loss, a, reduction, wide, needs)
-    return tuple(  # type: ignore[return-value]
-        new if new is None else new.copy_(grad) for new, grad in zip(made, found, strict=True)
-    )
+    dy: Tensor, x: Tensor, t: Tensor, weight: Any, pos_weight: Any, divisor: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *options, needs = rest
+    args = (x, t, weight, pos_weight, *options)
+    found = gradients(definition, args, dy, [*needs, *(False for _ in args[2:])])
+    return copied(_like_backward(dy, x, t, needs), found)
 
 
 def _decline_backward(dy: Tensor, x: Tensor, *args: Any) -> Reason | None:

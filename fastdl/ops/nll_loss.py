@@ -6,21 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._classes import (
-    check,
-    flattened,
-    inner_of,
-    like_reduced,
-    n_rows_of,
-    new_losses,
-    reduced,
-    require_known,
-    row_shape,
-    row_weights,
-    rows_first,
-    strides,
-    too_many,
-)
+from . import _classes
 from ._launch import Config, Kernel, cdiv, device_of, launch
 from ._op import LibraryOp, Op, differentiating, gradients, second_derivative
 from ._reduction import reduction_of
@@ -39,24 +25,24 @@ def definition(
 
 
 def _like(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return like_reduced(x, x.dtype, reduction)
+    return _classes.like_reduced(x, x.dtype, reduction)
 
 
 def _forward(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    require_known(target, x.shape[1], ignore_index)
-    losses, row_weight = new_losses(x, x.dtype, reduction)
-    n_rows = n_rows_of(x)
+    _classes.require_known(target, x.shape[1], ignore_index)
+    losses, row_weight = _classes.new_losses(x, x.dtype, reduction)
+    n_rows = _classes.n_rows_of(x)
     config = Config({"ROWS": 16 if device_of(x).backend == "interpreter" else 128}, 4, 1)
     launch(
         NLL_LOSS_FWD, (cdiv(n_rows, config["ROWS"]),),
         x, target.contiguous(), None if weight is None else weight.contiguous(), losses, row_weight,
-        n_rows, x.shape[1], inner_of(x), *strides(x), ignore_index, config=config,
+        n_rows, x.shape[1], _classes.inner_of(x), *_classes.strides(x), ignore_index, config=config,
     )  # fmt: skip
-    return reduced(losses, x.dtype, reduction)
+    return _classes.reduced(losses, x.dtype, reduction)
 
 
 def _torch_forward(
@@ -64,16 +50,11 @@ def _torch_forward(
 ) -> tuple[Tensor, Tensor]:
     loss, sums = _like(x, target, weight, reduction, ignore_index)
     loss.copy_(definition(x, target, weight, reduction, ignore_index))
-    if reduction == "mean":
-        count = row_weights(x.float(), target, weight, ignore_index).sum()
-        sums.copy_(torch.stack([loss.float() * count, count]))
+    _classes.put_sums(sums, loss, x, target, weight, ignore_index)
     return loss, sums
 
 
-def _like_backward(
-    dloss: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, sums: Tensor, reduction: str,
-    ignore_index: int,
-) -> Tensor:  # fmt: skip
+def _like_backward(dloss: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -82,15 +63,15 @@ def _backward(
     ignore_index: int,
 ) -> Tensor:  # fmt: skip
     dx = torch.empty_like(x)
-    config, n_rows = config_for(dx), n_rows_of(x)
+    config, n_rows = config_for(dx), _classes.n_rows_of(x)
     parts = cdiv(x.shape[1], config["BLOCK"])
-    dloss, dloss_row = rows_first(dloss)
+    dloss, dloss_row = _classes.rows_first(dloss)
     launch(
         NLL_LOSS_BWD, (cdiv(n_rows, config["ROWS"]) * parts,),
         dloss, target.contiguous(), None if weight is None else weight.contiguous(),
         sums if reduction == "mean" else None, dx,
-        n_rows, x.shape[1], inner_of(x), parts, *strides(dx), dloss_row, ignore_index,
-        config=config,
+        n_rows, x.shape[1], _classes.inner_of(x), parts, *_classes.strides(dx), dloss_row,
+        ignore_index, config=config,
     )  # fmt: skip
     return dx
 
@@ -103,7 +84,9 @@ def _torch_backward(
     return torch.empty_like(x).copy_(gradients(definition, args, dloss, [True])[0])
 
 
-FORWARD = LibraryOp("nll_loss", _forward, like=_like, torch_form=_torch_forward, decline=too_many)
+FORWARD = LibraryOp(
+    "nll_loss", _forward, like=_like, torch_form=_torch_forward, decline=_classes.too_many
+)
 BACKWARD = LibraryOp(
     "nll_loss_backward", _backward, like=_like_backward, torch_form=_torch_backward
 )
@@ -156,14 +139,8 @@ def nll_loss(
     An index that is no class raises on a CPU; on a GPU its loss is NaN.
     """
     reduction = reduction_of("nll_loss", size_average, reduce, reduction)
-    check("nll_loss", input.shape, target, weight, ignore_index, probabilities=False)
+    _classes.check("nll_loss", input.shape, target, weight, ignore_index, probabilities=False)
     if in_autocast(input):
         wide = torch.promote_types(input.dtype, torch.float32)
         input, weight = input.to(wide), None if weight is None else weight.to(wide)
-    shape: tuple[int, ...] = ()
-    if input.dim() > 1:
-        shape = row_shape(input)
-    else:
-        input, target = input.unsqueeze(0), target.reshape(1)
-    loss = OP(flattened(input, 2), flattened(target, 1), weight, reduction, ignore_index)
-    return loss if reduction != "none" or loss.shape == shape else loss.view(shape)
+    return _classes.run_on_rows(OP, input, target, False, weight, reduction, ignore_index)

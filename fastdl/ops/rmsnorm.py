@@ -13,16 +13,19 @@ from . import _tuned
 from ._launch import device_of
 from ._op import (
     SPELLINGS,
+    Gradient,
     LibraryOp,
     Op,
     Spelling,
     autocast_to_float32,
     differentiating,
+    empty_gradients,
     gradients,
     second_derivative,
 )
 from ._route import Reason
 from ._rows import as_rows, check, choose, launch_backward, launch_forward
+from ._strides import joins
 
 # Whether the normalized rows are rounded before they meet the weight.
 _ROUNDS = {"torch": False, "llama": True, "gemma": False}
@@ -50,9 +53,8 @@ def definition(
 
 
 def _like(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, dims: int, eps: float,
-    offset: float, rounds: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, residual: Tensor | None, weight: Any, dims: int, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = x.new_empty(0) if residual is None else torch.empty_like(y)
     return y, h, x.new_empty(x.shape[: x.dim() - dims], dtype=torch.float32)
@@ -72,11 +74,10 @@ def _forward(
 
 
 def _torch_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, dims: int, eps: float,
-    offset: float, rounds: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    y, h, rstd = _like(x, residual, weight, dims, eps, offset, rounds)
-    found = definition(x, residual, weight, dims, eps, offset, rounds)
+    x: Tensor, residual: Tensor | None, weight: Any, dims: int, eps: float, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, h, rstd = _like(x, residual, weight, dims, eps, *rest)
+    found = definition(x, residual, weight, dims, eps, *rest)
     y_, h_ = (found, x) if residual is None else found
     if residual is not None:
         h.copy_(h_)
@@ -93,36 +94,33 @@ def _decline(
     return Reason.MEASURED if tuned is not None and tuned.variant == "torch" else None
 
 
-def _like_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, dims: int,
-    eps: float, offset: float, rounds: bool, needs: list[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return tuple(  # type: ignore[return-value]
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None  # type: ignore[arg-type]
-        for t, need in zip((h, weight), needs, strict=True)
-    )
+Gradients = tuple[Gradient, Gradient]
+
+
+def _like_backward(dy: Tensor, dh: Any, h: Tensor, weight: Any, *rest: Any) -> Gradients:
+    return empty_gradients((h, weight), rest[-1])
 
 
 def _backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, dims: int,
     eps: float, offset: float, rounds: bool, needs: list[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dx: Any = torch.empty_like(h, memory_format=torch.contiguous_format) if needs[0] else None
+) -> Gradients:  # fmt: skip
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format) if needs[0] else None
     rows = as_rows(h, dims)
     sums = launch_backward(
         dy, dh, rows, weight, None, None, None, rstd, dx, 1,
         choose("rms_norm_backward", rows.shape[1], h.dtype, device_of(h)), needs[1], offset,
     )  # fmt: skip
     if sums is None or weight is None:
-        return dx, None  # type: ignore[return-value]
+        return dx, None
     return dx, sums.view(weight.shape).to(weight.dtype)
 
 
 def _torch_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, dims: int,
-    eps: float, offset: float, rounds: bool, needs: list[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    args = (h, None, weight, dims, eps, offset, rounds)
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Any, rstd: Tensor, *rest: Any
+) -> Gradients:
+    *options, needs = rest
+    args = (h, None, weight, *options)
     dx, _, dweight = gradients(definition, args, dy, [needs[0], False, needs[1]])[:3]
     return (dx if dx is None or dh is None else dx + dh), dweight
 
@@ -192,9 +190,7 @@ def rms_norm(
     if cast not in _ROUNDS:
         raise ValueError(f"rms_norm: cast is {cast!r}, allowed are {', '.join(_ROUNDS)}")
     input, weight, residual = autocast_to_float32(input, weight, residual)
-    if residual is not None and not (
-        residual.dtype == input.dtype and residual.shape == input.shape
-    ):
+    if residual is not None and not joins(residual, input):
         input, residual = input + residual, None
     if eps is None:
         # torch's, which computes in float32 where the input is less

@@ -7,15 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _route
-from ._op import LibraryOp, differentiating, gradients, second_derivative
-from .rnn_launch import (
-    KEPT,
-    hidden_gradient,
-    launch_backward,
-    launch_forward,
-    previous,
-    sizes_of,
-)
+from ._op import Gradient, LibraryOp, differentiating, empty_gradients, gradients, second_derivative
+from .rnn_launch import KEPT, hidden_gradient, launch_backward, launch_forward, previous, sizes_of
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -123,18 +116,11 @@ def _torch_forward(
     return out
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Gradient, Gradient, Gradient, Gradient, Gradient]
 
 
-def _like_backward(
-    dy: Tensor, dhn: Tensor, dcn: Tensor | None, xp: Tensor, h0: Tensor, c0: Tensor | None,
-    weight: Tensor, bias: Tensor | None, y: Tensor, c: Tensor, gates: Tensor,
-    batch_sizes: Tensor | None, mode: str, reverse: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    return tuple(  # type: ignore[return-value]
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None  # type: ignore[arg-type]
-        for t, need in zip((xp, h0, c0, weight, bias), needs, strict=True)
-    )
+def _like_backward(dy: Tensor, dhn: Tensor, dcn: Any, *rest: Any) -> Gradients:
+    return empty_gradients(rest[:5], rest[-1])
 
 
 def _backward(
@@ -159,7 +145,7 @@ def _backward(
         dweight = torch.cat([part.t() @ before for part in hidden])
     if needs[4]:
         dbias = torch.cat([part.sum(0) for part in hidden])
-    return (  # type: ignore[return-value]
+    return (
         d if needs[0] else None,
         dh.to(h0.dtype) if needs[1] else None,
         dc.to(h0.dtype) if needs[2] and dc is not None else None,
@@ -168,13 +154,10 @@ def _backward(
     )
 
 
-def _torch_backward(
-    dy: Tensor, dhn: Tensor, dcn: Tensor | None, xp: Tensor, h0: Tensor, c0: Tensor | None,
-    weight: Tensor, bias: Tensor | None, y: Tensor, c: Tensor, gates: Tensor,
-    batch_sizes: Tensor | None, mode: str, reverse: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
+def _torch_backward(dy: Tensor, dhn: Tensor, dcn: Tensor | None, *rest: Any) -> Gradients:
+    *given, _, _, _, batch_sizes, mode, reverse, needs = rest
     grads = (dy, dhn) if dcn is None else (dy, dhn, dcn)
-    args = (xp, h0, c0, weight, bias, batch_sizes, mode, reverse)
+    args = (*given, batch_sizes, mode, reverse)
     return tuple(gradients(definition, args, grads, [*needs, False, False, False])[:5])
 
 

@@ -307,7 +307,10 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """The next h and c."""
     found = _cell("lstm", input, tuple(hx), w_ih, w_hh, b_ih, b_hh)
-    return torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh) if found is None else found  # type: ignore[return-value]
+    if found is None:
+        return torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+    h, c = found
+    return h, c
 
 
 def gru_cell(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import Config, Device, Kernel, cdiv, device_of, is_dry, launch, power_of_2
-from ._op import LibraryOp, Op, differentiating, gradients, second_derivative
+from ._op import LibraryOp, Op, differentiating, empty_gradients, gradients, second_derivative
 from ._route import Reason
 from .linear import _tf32
 from .rnn_launch import walks
@@ -79,11 +79,12 @@ def choose(H: int, dtype: torch.dtype, device: Device) -> Config:
 def _like(xp: Tensor, h0: Tensor, *args: Any) -> Outputs:
     keep = args[-1]
     T, B, G = xp.shape
-    states = [h0.new_empty(h0.shape, dtype=torch.float32) for _ in range(2)]
+    h, c = (h0.new_empty(h0.shape, dtype=torch.float32) for _ in range(2))
     y = xp.new_empty((T, B, G // 4))
     shapes: list[Any] = [(T, B, G // 4), (T, B, G), (T, B, G)] if keep else [0, 0, 0]
-    kept = [xp.new_empty(shape) for shape in shapes]
-    return y, *states, *kept, xp.new_empty((T, B, 2) if keep else 0, dtype=torch.float32)  # type: ignore[return-value]
+    c_hat, p_hat, gates = (xp.new_empty(shape) for shape in shapes)
+    rstd = xp.new_empty((T, B, 2) if keep else 0, dtype=torch.float32)
+    return y, h, c, c_hat, p_hat, gates, rstd
 
 
 def _forward(
@@ -132,16 +133,8 @@ def _decline(xp: Tensor, h0: Tensor, *args: Any) -> Reason | None:
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _like_backward(
-    dy: Tensor, dhn: Tensor, dcn: Tensor, xp: Tensor, h0: Tensor, c0: Tensor, weight: Tensor,
-    gain: Tensor, bias: Tensor, c_gain: Tensor, c_bias: Tensor, y: Tensor, c_hat: Tensor,
-    p_hat: Tensor, gates: Tensor, rstd: Tensor, eps: float, reverse: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    inputs = (xp, h0, c0, weight, gain, bias, c_gain, c_bias)
-    return tuple(  # type: ignore[return-value]
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
-        for t, need in zip(inputs, needs, strict=True)
-    )
+def _like_backward(dy: Tensor, dhn: Tensor, dcn: Tensor, *rest: Any) -> Gradients:
+    return empty_gradients(rest[:8], rest[-1])
 
 
 def _backward(
@@ -184,19 +177,14 @@ def _backward(
         lambda: sums[:, 0].sum(0).to(c_gain.dtype),
         lambda: sums[:, 1].sum(0).to(c_bias.dtype),
     )
-    return tuple(  # type: ignore[return-value]
-        way() if need else None for way, need in zip(ways, needs, strict=True)
-    )
+    made: Any = (way() if need else None for way, need in zip(ways, needs, strict=True))
+    return tuple(made)
 
 
-def _torch_backward(
-    dy: Tensor, dhn: Tensor, dcn: Tensor, xp: Tensor, h0: Tensor, c0: Tensor, weight: Tensor,
-    gain: Tensor, bias: Tensor, c_gain: Tensor, c_bias: Tensor, y: Tensor, c_hat: Tensor,
-    p_hat: Tensor, gates: Tensor, rstd: Tensor, eps: float, reverse: bool, needs: list[bool],
-) -> Gradients:  # fmt: skip
-    args = (xp, h0, c0, weight, gain, bias, c_gain, c_bias, eps, reverse)
-    found = gradients(definition, args, (dy, dhn, dcn), [*needs, False, False])
-    return tuple(found[:8])
+def _torch_backward(dy: Tensor, dhn: Tensor, dcn: Tensor, *rest: Any) -> Gradients:
+    *_, eps, reverse, needs = rest
+    args = (*rest[:8], eps, reverse)
+    return tuple(gradients(definition, args, (dy, dhn, dcn), [*needs, False, False])[:8])
 
 
 FORWARD = LibraryOp(

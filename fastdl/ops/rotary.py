@@ -10,10 +10,13 @@ from torch import Tensor
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
 from ._op import (
     SPELLINGS,
+    Gradient,
     LibraryOp,
     Op,
     Spelling,
+    copied,
     differentiating,
+    empty_gradients,
     gradients,
     second_derivative,
 )
@@ -150,20 +153,15 @@ def _torch_forward(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x).copy_(definition(x, *args))
 
 
-Gradients = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Gradient, Gradient, Gradient]
 
 
 def _like_backward(
     dy: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None,
     interleaved: bool, strides: list[int], needs: list[bool],
 ) -> Gradients:  # fmt: skip
-    return (
-        dy.new_empty_strided(dy.shape, strides) if needs[0] else None,
-        *(
-            torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
-            for t, need in zip((cos, sin), needs[1:], strict=True)
-        ),
-    )  # type: ignore[return-value]
+    dx: Any = dy.new_empty_strided(dy.shape, strides) if needs[0] else None
+    return dx, *empty_gradients((cos, sin), needs[1:])
 
 
 def _backward(
@@ -175,10 +173,8 @@ def _backward(
         _turn(dy, dx, cos, sin, positions, interleaved, transposed=True)
     if any(needs[1:]):  # tables are seldom learned
         found = _in_torch(dy, x, cos, sin, positions, interleaved, [False, *needs[1:]])[1:]
-        tables = [
-            new if new is None else new.copy_(g) for new, g in zip(tables, found, strict=True)
-        ]
-    return dx, *tables  # type: ignore[return-value]
+        return dx, *copied(tables, found)
+    return dx, None, None
 
 
 def _in_torch(
@@ -201,9 +197,7 @@ def _torch_backward(
 ) -> Gradients:  # fmt: skip
     made = _like_backward(dy, x, cos, sin, positions, interleaved, strides, needs)
     found = _in_torch(dy, x, cos, sin, positions, interleaved, needs)
-    return tuple(  # type: ignore[return-value]
-        None if new is None else new.copy_(grad) for new, grad in zip(made, found, strict=True)
-    )
+    return copied(made, found)
 
 
 FORWARD = LibraryOp("rotary", _forward, like=_like, torch_form=_torch_forward)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import _tuned
 from ._launch import Config, Device, Kernel, cdiv, device_of, launch, power_of_2
-from ._op import LibraryOp, Op, autocast_widens, differentiating
+from ._op import Gradient, LibraryOp, Op, autocast_widens, differentiating
 from ._route import FUSED_DTYPES, Reason, report
 from ._rows import choose
+from ._strides import merged
 
 SOFTMAX_FWD = Kernel("softmax.softmax_fwd")
 SOFTMAX_BWD = Kernel("softmax.softmax_bwd")
@@ -43,11 +44,9 @@ def logits_gradient(dy: Tensor, y: Tensor, mask: Tensor | None, dim: int, log: b
     return ds if mask is None or mask.dtype != torch.bool else torch.where(mask, ds, 0.0)
 
 
-def _like(
-    x: Tensor, mask: Tensor | None, dim: int, scale: float, fill: float, log: bool, widens: bool
-) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32) if widens else x.dtype
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+def _like(x: Tensor, *options: Any) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32) if options[-1] else x.dtype
+    return torch.empty_like(x, dtype=wide, memory_format=torch.contiguous_format)
 
 
 def _view(tensor: Tensor, dim: int) -> Tensor:
@@ -79,24 +78,14 @@ def _placed(mask: Tensor | None, shape: torch.Size, dim: int) -> _Mask:
     if mask is None:
         return _Mask()
     full = mask.expand(shape)
-    dims = list(zip(shape, full.stride(), strict=True))
-    before, after = _levels(dims[:dim]), _levels(dims[dim + 1 :])
+    steps = full.stride()
+    before = merged(shape[:dim], steps[:dim])
+    after = merged(shape[dim + 1 :], steps[dim + 1 :])
     outer, inner = (before, after) if shape[dim + 1 :].numel() > 1 else ([], before)
     if len(outer) > 1 or len(inner) > 3:
         return _placed(full.contiguous(), shape, dim)
     (_, a), (size_b, b), (size_c, c) = [(1, 0)] * (3 - len(inner)) + inner
-    return _Mask(full, outer[0][1] if outer else 0, dims[dim][1], a, b, c, size_b, size_c)
-
-
-def _levels(dims: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sizes and strides of as few dimensions as these come to."""
-    found: list[tuple[int, int]] = []
-    for size, stride in dims:
-        if found and found[-1][1] == size * stride:
-            found[-1] = (found[-1][0] * size, stride)
-        elif size != 1:
-            found.append((size, stride))
-    return found
+    return _Mask(full, outer[0][1] if outer else 0, steps[dim], a, b, c, size_b, size_c)
 
 
 def choose_columns(n: int, inner: int, device: Device) -> Config:
@@ -140,7 +129,7 @@ def _launch(
 def _forward(
     x: Tensor, mask: Tensor | None, dim: int, scale: float, fill: float, log: bool, widens: bool
 ) -> Tensor:
-    y = _like(x, mask, dim, scale, fill, log, widens)
+    y = _like(x, widens)
     given, placed = _view(x, dim), _placed(mask, x.shape, dim)
     _launch(
         "softmax", (SOFTMAX_FWD, SOFTMAX_WIDE_FWD), given, (placed.tensor,), _view(y, dim), placed,
@@ -160,7 +149,7 @@ def _decline(x: Tensor, mask: Tensor | None, dim: int, *options: Any) -> Reason 
     return Reason.MEASURED if tuned is not None and tuned.variant == "torch" else None
 
 
-Gradients = tuple[Tensor, Tensor]
+Gradients = tuple[Gradient, Gradient]
 
 
 def _like_backward(
@@ -172,7 +161,7 @@ def _like_backward(
     dmask = None
     if mask is not None and needs[1]:
         dmask = torch.empty_like(mask, memory_format=dense)
-    return dx, dmask  # type: ignore[return-value]
+    return dx, dmask
 
 
 def _backward(
@@ -181,17 +170,17 @@ def _backward(
 ) -> Gradients:  # fmt: skip
     keep = mask if mask is not None and mask.dtype == torch.bool else None
     # the gradient of a mask is that of the logits, summed
-    of_mask = mask is not None and needs[1]
-    dtype_of_logits = torch.promote_types(dtype, mask.dtype) if of_mask else dtype  # type: ignore[union-attr]
-    ds = torch.empty_like(y, dtype=dtype_of_logits, memory_format=torch.contiguous_format)
+    added = mask if needs[1] else None
+    wide = dtype if added is None else torch.promote_types(dtype, added.dtype)
+    ds = torch.empty_like(y, dtype=wide, memory_format=torch.contiguous_format)
     given, placed = _view(dy, dim), _placed(keep, y.shape, dim)
     _launch(
         "softmax_backward", (SOFTMAX_BWD, SOFTMAX_WIDE_BWD), given,
         (_view(y, dim), placed.tensor), _view(ds, dim), placed,
-        None if of_mask or scale == 1 else scale, log=log, dtype=dtype,
+        None if added is not None or scale == 1 else scale, log=log, dtype=dtype,
     )  # fmt: skip
-    if not of_mask:
-        return ds, None  # type: ignore[return-value]
+    if added is None:
+        return ds, None
     return _shared(ds, mask, scale, dtype, needs)
 
 
@@ -204,7 +193,7 @@ def _shared(
     dx: Any = None
     if needs[0]:
         dx = (ds if scale == 1 else ds * scale).to(dtype)
-    return dx, dmask  # type: ignore[return-value]
+    return dx, dmask
 
 
 def _torch_backward(
@@ -239,6 +228,7 @@ class SoftmaxFunction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:2])
         run = BACKWARD.overload
         if differentiating():
+            # x is not kept: torch differentiates its own gradient at y, and this Function y
             report("softmax", "call", Reason.DOUBLE_BACKWARD)
             run = _torch_backward
         return *run(dy, y, mask, *ctx.options, needs), None, None, None, None, None

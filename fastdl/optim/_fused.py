@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _use_grad_for_differentiable
 
 from ..ops import _route
 from ..ops._route import Reason
@@ -82,6 +83,23 @@ class Fused(torch.optim.Optimizer):
         if "_kept_tables" not in self.__dict__:
             self._kept_tables = Tables()
         return self._kept_tables
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step."""
+        if "capturable" in self.defaults:
+            _check_capture(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scaling = self._scaling()
+        for number, group in enumerate(self.param_groups):
+            self._step_group(number, group, scaling)
+        return loss
+
+    def _step_group(self, number: int, group: dict[str, Any], scaling: Scaling) -> None:
+        raise NotImplementedError
 
     def _scaling(self) -> Scaling:
         scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -197,7 +215,7 @@ def count(steps: list[Tensor], found_inf: Tensor | None = None) -> None:
         torch._foreach_sub_(steps, [skipped.to(s.device) for s in steps])
 
 
-def check_capture(optimizer: torch.optim.Optimizer) -> None:
+def _check_capture(optimizer: torch.optim.Optimizer) -> None:
     """torch's own check that nobody captures what is not capturable; it had another name."""
     check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
     (check or optimizer._cuda_graph_capture_health_check)()

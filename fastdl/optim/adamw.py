@@ -1,17 +1,16 @@
 """AdamW in one launch for all tensors of a group that have the same types."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
-from torch.optim.optimizer import _use_grad_for_differentiable
 
 from ..ops._route import Reason
 from ..ops.optim import Scaling, adamw_step
-from ._fused import Fused, Member, check_capture, columns_of, count, rate, wrote
+from ._fused import Fused, Member, columns_of, count, rate, wrote
 
 
 class AdamW(Fused, torch.optim.AdamW):
@@ -46,19 +45,6 @@ class AdamW(Fused, torch.optim.AdamW):
             differentiable=differentiable, fused=fused,
         )  # fmt: skip
         self._set_options(master_weights, clip_grad_norm)
-
-    @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform a single optimization step."""
-        check_capture(self)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        scaling = self._scaling()
-        for number, group in enumerate(self.param_groups):
-            self._step_group(number, group, scaling)
-        return loss
 
     @torch._disable_dynamo
     def _step_group(self, number: int, group: dict[str, Any], scaling: Scaling) -> None:

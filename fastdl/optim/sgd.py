@@ -1,12 +1,11 @@
 """SGD in one launch for all tensors of a group that have the same types."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.optim.sgd import sgd
 
 from ..ops._route import Reason
@@ -41,18 +40,6 @@ class SGD(Fused, torch.optim.SGD):
             maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused,
         )  # fmt: skip
         self._set_options(master_weights, clip_grad_norm)
-
-    @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform a single optimization step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        scaling = self._scaling()
-        for number, group in enumerate(self.param_groups):
-            self._step_group(number, group, scaling)
-        return loss
 
     @torch._disable_dynamo
     def _step_group(self, number: int, group: dict[str, Any], scaling: Scaling) -> None:

@@ -270,8 +270,11 @@ def _compare_runs(a: Run, b: Run, judge: Run, narrow: str | None) -> Proof:
 
 def _usual_error(a: Run, judge: Run) -> float:
     """The median over all tensors of the original's relative error."""
-    pairs = [(a.outputs[name], judge.outputs.get(name)) for name in a.outputs]
-    pairs += [(a.gradients[name], judge.gradients.get(name)) for name in a.gradients]  # type: ignore[misc]
+    pairs = [
+        (x, of_judge.get(name))
+        for of_a, of_judge in ((a.outputs, judge.outputs), (a.gradients, judge.gradients))
+        for name, x in of_a.items()
+    ]
     errors = [
         _error(x, j) / _magnitude(j)
         for x, j in pairs

@@ -1,6 +1,7 @@
 """Compile one specialisation for a GPU that is not here, and read the machine code."""
 
 import functools
+import math
 import os
 import re
 import subprocess
@@ -34,6 +35,9 @@ class Facts:
     counts: dict[str, int] = field(default_factory=dict)
     # (M, N, K, type) of every product; the type of exact fp32 is "ieee"
     dots: list[tuple[int, int, int, str]] = field(default_factory=list)
+    # bytes of the largest tile that is loaded, and that is stored
+    loaded: int = 0
+    stored: int = 0
     loop: Loop | None = None
     error: str = ""
 
@@ -74,7 +78,12 @@ def facts(spec: Specialisation, target: Target) -> Facts:
     found.shared = binary.metadata.shared
     found.threads = binary.metadata.num_warps * target.warp_size
     found.resident = target.resident(found.registers, found.shared, binary.metadata.num_warps)
-    found.dots = _dots(binary.asm["ttir"])
+    ttir = binary.asm["ttir"]
+    found.dots, found.loaded, found.stored = (
+        _dots(ttir),
+        _largest("load", ttir),
+        _largest("store", ttir),
+    )
     return found
 
 
@@ -110,6 +119,13 @@ def _dots(ttir: str) -> list[tuple[int, int, int, str]]:
     return found
 
 
+def _largest(access: str, ttir: str) -> int:
+    tiles = re.findall(rf"tt\.{access} .*: tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>", ttir)
+    tiles += re.findall(rf"tt\.descriptor_{access} .*tensor<([\dx]+)x[a-z]+(\d+)>", ttir)
+    sizes = (math.prod(map(int, shape.split("x"))) * int(bits) // 8 for shape, bits in tiles)
+    return max(sizes, default=0)
+
+
 def _count(code: str, classes: dict[str, str]) -> dict[str, int]:
     operations = re.findall(r"^\s*(\S+)", code, re.MULTILINE)
     counts = {
@@ -133,6 +149,13 @@ _NVIDIA = {
 }
 
 
+def _numbers(pattern: str, text: str) -> list[int]:
+    """The groups of the pattern where it is found first."""
+    found = re.search(pattern, text)
+    assert found is not None, pattern
+    return [int(group) for group in found.groups()]
+
+
 def _read_nvidia(binary: Any) -> Facts:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -141,7 +164,7 @@ def _read_nvidia(binary: Any) -> Facts:
         sass = _cuobjdump("-sass", file.name)
     line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
     counts = _count("\n".join(re.findall(line, sass, re.MULTILINE)), _NVIDIA)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    registers, stack = _numbers(r"REG:(\d+) STACK:(\d+)", usage)
     loop = main_loop(sass, binary.metadata.num_warps)
     return Facts(registers, counts.pop("spills"), stack, counts=counts, loop=loop)
 
@@ -171,7 +194,7 @@ def _read_amd(binary: Any) -> Facts:
     code = binary.asm["amdgcn"]
 
     def noted(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s*(\d+)", code).group(1))  # type: ignore[union-attr]
+        return _numbers(rf"\.{name}:\s*(\d+)", code)[0]
 
     instructions = "\n".join(re.findall(r"^\t([a-z]\w+)", code, re.MULTILINE))
     counts = _count(instructions, _AMD)

@@ -29,30 +29,18 @@ def _few(spec: Specialisation, facts: Facts, target: Target) -> bool:
     return facts.spills <= 8 and facts.registers < 255
 
 
-def _reads_wide(spec: Specialisation, facts: Facts, target: Target) -> bool:
-    return bool(facts.counts.get("loads16"))
-
-
 def _always(spec: Specialisation, facts: Facts, target: Target) -> bool:
     return True
 
 
-def _leaves_sums(spec: Specialisation, facts: Facts, target: Target) -> bool:
-    y = spec.args[4]
-    return y == "none" and _reads_wide(spec, facts, target)
-
-
 EXCUSES = [
     Excuse(None, "spill", _few, "ptxas keeps registers free for one more program"),
-    Excuse("attention_delta", "narrow", _reads_wide, "it stores one number a row"),
-    Excuse("block_norms", "narrow", _reads_wide, "it stores one number a block"),
-    Excuse("channelnorm_moments", "narrow", _reads_wide, "it stores two numbers a channel"),
-    Excuse("channelnorm_sums", "narrow", _reads_wide, "it stores two numbers a channel"),
     Excuse("channelnorm_merge", "narrow", _always, "its tensors are small"),
     Excuse("channelnorm_merge_sums", "narrow", _always, "its tensors are small"),
-    Excuse("loss_fwd", "narrow", _leaves_sums, "it stores one number a program"),
-    Excuse("loss_total", "narrow", _reads_wide, "it stores one number"),
 ]
+
+# A tile that is stored this many times smaller than what is loaded is what a reduction leaves.
+FEW = 8
 
 
 def faults(spec: Specialisation, facts: Facts, target: Target) -> list[Fault]:
@@ -83,7 +71,7 @@ def _slow(spec: Specialisation, facts: Facts, target: Target) -> list[Fault]:
     if target.warp_size == 32 and spec.aligned and _whole(spec):
         if not any(counts.get(name) for name in ("loads16", "async16", "tma")):
             found.append(Fault("narrow", "no 16-byte loads"))
-        if not counts["stores16"]:
+        if not counts["stores16"] and facts.stored * FEW > facts.loaded:
             found.append(Fault("narrow", "no 16-byte stores"))
     return found
 
