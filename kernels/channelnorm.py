@@ -131,7 +131,9 @@ def channelnorm_affine(
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = channels < n_channels
     mean, rstd = load_moments(mean_ptr, var_ptr, channels, mask, eps)
-    factor, offset = load_factors(weight_ptr, bias_ptr, None, None, channels, 0, 0, mask)
+    factor, offset = load_factors(
+        weight_ptr, bias_ptr, None, None, 0, channels, mask, 0, 0, 0, 0
+    )  # fmt: skip
     if before_ptr is not None:
         mean -= load_tile(before_ptr, channels, mask)
     tl.store(out_ptr + channels, rstd * factor, mask=mask)

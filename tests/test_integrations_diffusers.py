@@ -136,9 +136,10 @@ def test_optimize_judges_each(name, fused):
     fastdl.optimize(model, inputs, exclude=rest)
     report = fastdl.report(model)
     assert report.proof.ok and not report.rolled_back
-    assert len(report.replaced) == len(attentions(model))
-    for site in report.replaced:
-        assert site.op == "scaled_dot_product_attention" and site.route == "fused"
+    found = [site for site in report.replaced if site.op == "scaled_dot_product_attention"]
+    assert len(found) == len(attentions(model))
+    for site in found:
+        assert site.route == "fused"
         assert site.pattern in ("Attention", "FluxAttention") and site.after < 1e-4
     assert not ran(lambda: fastdl.restore(model)(**inputs))[1]
 
