@@ -258,14 +258,28 @@ def test_plan_with_optimize(models, capsys):
     assert json.loads(said.out)["proof"] is None and "nothing is verified" in said.err
 
 
-def test_plan_with_optimize_fails_with_1(models, capsys, monkeypatch):
+def test_plan_with_optimize_rolls_back(models, capsys, monkeypatch):
     forward = fastdl.nn.Linear.forward
 
     def wrong_for_five_rows(module, x):
         return forward(module, x) * (1.01 if len(x) == 5 else 1)
 
     monkeypatch.setattr(fastdl.nn.Linear, "forward", wrong_for_five_rows)
-    assert main(["plan", "some_models:twice", "--optimize"]) == 1
+    assert main(["plan", "some_models:twice", "--optimize"]) == 0
+    assert "with it the whole model fails" in capsys.readouterr().out
+
+
+def test_plan_with_optimize_fails_with_1(models, capsys):
+    (models / "restless.py").write_text(
+        "import itertools\nimport torch\nfrom torch import nn\n\n"
+        "calls = itertools.count()\n\n\n"
+        "class Restless(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x) * 10.0 ** next(calls)\n\n\n"
+        "def make():\n"
+        "    return nn.Sequential(Restless(3, 3), nn.Linear(3, 3)), torch.ones(2, 3)\n"
+    )
+    assert main(["plan", "restless:make", "--optimize"]) == 1
     said = capsys.readouterr()
     assert said.out == "" and "the error is too large" in said.err
 

@@ -249,7 +249,7 @@ MODELS = {
     ),
     "transformer": (encoder, images(2, 6, WIDTH), {"transformer_encoder_layer": 2}),
     "lstm": (Words, lambda: tokens(3, 7), {"lstm": 1, "embedding": 1, "linear": 1}),
-    "resnet": (resnet, images(2, 3, 12, 12), {"batch_norm": 2 + 6, "conv2d": 6, "linear": 1}),
+    "resnet": (resnet, images(2, 3, 12, 12), {"batch_norm": 4, "conv2d": 2 + 6, "linear": 1}),
     "autoencoder": (autoencoder, images(2, 3, 8, 8), {"conv2d": 2, "conv_transpose2d": 2}),
 }
 

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_with_path
 
 from ._modes import widened
+
+# Seeds, the default dtype and Dynamo's stance are the process's: proofs in threads take turns.
+_ALONE = threading.RLock()
 
 
 class Run(NamedTuple):
@@ -30,6 +34,7 @@ def no_trace(*models: nn.Module) -> Iterator[None]:
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_ALONE)
         stack.callback(random.setstate, random.getstate())
         if "numpy" in sys.modules:
             numpy = sys.modules["numpy"].random
@@ -150,8 +155,9 @@ def run(
     found = {name: t.detach() for name, t in outputs.items()}
     found |= {f"buffer {plain_name(n)}": b.detach().clone() for n, b in model.named_buffers()}
     if not any(module.training for module in model.modules()):
+        given = fresh((args, kwargs), wide=wide)
         with mode, torch.no_grad():
-            output = _call(model, fresh((args, kwargs), wide=wide))
+            output = _call(model, given)
         found |= {f"{name} without gradients": t for name, t in tensors_in(output, "output")}
     return Run(found, gradients)
 

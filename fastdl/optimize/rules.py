@@ -31,6 +31,8 @@ ORIGINALS = {ours: torchs for torchs, ours in RULES.items()} | {Sequential: nn.S
 # FSDP2's classes, remade over ours -> the ones it had generated.
 _REMADE: dict[type, type] = {}
 
+_ROOT = __package__.rpartition(".")[0]
+
 _PUBLIC = {name.replace("_", ""): name for name in vars(functional)}
 
 
@@ -72,7 +74,8 @@ def _foreign(module: nn.Module, cls: type) -> Finding | None:
     made = form_of(cls)
     if made is not None:
         return Finding(cls.__name__, made.op, cls)
-    form = None if _unfit(module) else recognise(module)
+    own = cls.__module__.startswith(f"{_ROOT}.")
+    form = None if own or _unfit(module) else recognise(module)
     if form is not None:
         return Finding(cls.__name__, form.op, with_form(cls, form))
     reason = _unknown(module)
@@ -100,7 +103,8 @@ def _unknown(module: nn.Module) -> str | None:
 
 def _refusal(module: nn.Module, base: type[nn.Module], under: type) -> str | None:
     """Why a module of a known class, or of one derived from it, is not replaced."""
-    if not parametrize.is_parametrized(module) and under is not base:
+    generated = parametrize.is_parametrized(module) or isinstance(module, LazyModuleMixin)
+    if under is not base and not generated:
         return f"{under.__name__} is derived from {base.__name__}: its forward may differ"
     if not base.forward.__module__.startswith("torch."):
         return f"the forward of {base.__name__} was replaced by {base.forward.__module__}"
