@@ -130,9 +130,13 @@ def _of_function(function: Callable[..., Any]) -> str | None:
     return None
 
 
-@functools.cache
 def with_form(cls: Any, form: Form) -> Any:
     """A class that runs a form, and the class's own forward where the form does not fit a call."""
+    return _with_form(cls, form)
+
+
+@functools.cache
+def _with_form(cls: Any, form: Form) -> Any:
 
     given = parameters(cls)
 
