@@ -63,7 +63,11 @@ def ops_of(model, *given):
     return [decision.op for decision in seen.decisions if decision.stage == "call"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])],
+    ids=str,
+)
 @pytest.mark.parametrize("case", cases())
 def test_one_pass_is_as_right_as_three(case, dtype, device):
     """By the contract's rule, and with nothing written beside the output."""
@@ -403,7 +407,7 @@ def test_the_proof_sees_what_runs_without_gradients(monkeypatch):
     assert len(fastdl.report(model).rolled_back) == 3
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_and_exported_without_gradients(dynamic, device):
     model, x = made(network, False, device)
     ours, graphs = fastdl.optimize(copy.deepcopy(model)), []

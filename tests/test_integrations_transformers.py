@@ -145,7 +145,7 @@ def ran(op):
 
 # Nothing but attention is replaced: the rest has tests of its own.
 REST = [nn.Linear, nn.Embedding, nn.LayerNorm, nn.GELU, nn.Conv1d, nn.Conv2d, nn.Dropout, nn.Tanh]
-REST += [nn.SiLU, nn.ReLU, "*norm", "*layer_norm", "*output"]
+REST += [nn.SiLU, nn.ReLU, "*norm", "*output", "*.c_*"]
 
 
 def attentions(model):

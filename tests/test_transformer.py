@@ -320,7 +320,13 @@ def sites(model):
 
 
 @pytest.mark.parametrize(
-    "masks, training", [("none", True), ("padding", False), ("both", True), ("float", False)]
+    "masks, training",
+    [
+        pytest.param("none", True, marks=pytest.mark.slow),
+        ("padding", False),
+        pytest.param("both", True, marks=pytest.mark.slow),
+        pytest.param("float", False, marks=pytest.mark.slow),
+    ],
 )
 def test_optimize_an_encoder(masks, training, device):
     theirs = nn.TransformerEncoder(
@@ -360,6 +366,7 @@ def test_swapped_children_cost_nothing(fused, device):
     assert len(ops_of(lambda: alone(x))) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_optimize_a_transformer(device):
     theirs = nn.Transformer(E, H, 1, 1, 16, batch_first=True, norm_first=True).to(device)
