@@ -42,6 +42,10 @@ def of_diffusers(kind, inputs, **sizes):
     return make, inputs
 
 
+def images(*shape):
+    return lambda: torch.randn(shape)
+
+
 LLAMA = {
     "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": WORDS, "pad_token_id": 0,
@@ -120,10 +124,6 @@ def autoencoder():
     )  # fmt: skip
 
 
-def images(*shape):
-    return lambda: torch.randn(shape)
-
-
 # Who makes it, what it is called with, and how many sites each op has at the least.
 MODELS = {
     "gpt2": (
@@ -141,7 +141,13 @@ MODELS = {
     ),
     "llama": (
         *of_transformers("LlamaForCausalLM", "LlamaConfig", labelled, **LLAMA),
-        {"rms_norm": 5, "gated_mlp": 2, "linear": 15, "embedding": 1},
+        {
+            "rms_norm": 5,
+            "gated_mlp": 2,
+            "linear": 15,
+            "embedding": 1,
+            "scaled_dot_product_attention": 2,
+        },
     ),
     "qwen3": (
         *of_transformers("Qwen3ForCausalLM", "Qwen3Config", labelled, **LLAMA),
@@ -150,6 +156,40 @@ MODELS = {
     "gemma2": (
         *of_transformers("Gemma2ForCausalLM", "Gemma2Config", labelled, **LLAMA),
         {"rms_norm": 9, "gated_mlp": 2, "linear": 15},
+    ),
+    "mixtral": (
+        *of_transformers("MixtralForCausalLM", "MixtralConfig", labelled, **LLAMA),
+        {"rms_norm": 5, "linear": 9, "scaled_dot_product_attention": 2},
+    ),
+    "swin": (
+        *of_transformers(
+            "SwinModel",
+            "SwinConfig",
+            images(2, 3, 16, 16),
+            image_size=16,
+            patch_size=4,
+            embed_dim=16,
+            depths=[1, 1],
+            num_heads=[2, 2],
+            window_size=2,
+        ),
+        {"layer_norm": 7, "mlp": 2, "linear": 13, "scaled_dot_product_attention": 2},
+    ),
+    "wav2vec2": (
+        *of_transformers(
+            "Wav2Vec2Model",
+            "Wav2Vec2Config",
+            images(2, 100),
+            conv_dim=[16, 16],
+            conv_stride=[5, 2],
+            conv_kernel=[10, 3],
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+            mask_time_prob=0.0,
+            **BERT,
+        ),
+        {"layer_norm": 6, "mlp": 2, "linear": 13, "scaled_dot_product_attention": 2},
     ),
     "phi3": (
         *of_transformers("Phi3ForCausalLM", "Phi3Config", labelled, **LLAMA),

@@ -46,6 +46,8 @@ class Float64(TorchFunctionMode):
     ) -> Any:
         func = _CASTS.get(func, func)
         args, kwargs = tree_map(_widened_dtype, (args, kwargs or {}))
+        if func in _GROUPED:
+            return _grouped_mm(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in _SOURCES:
             return widened(result)
@@ -54,6 +56,26 @@ class Float64(TorchFunctionMode):
             if any(map(_is_narrow, results)):
                 self.narrow = resolve_name(func) or getattr(func, "__name__", str(func))
         return result
+
+
+# Of mixtures of experts. torch's does not take float64; torch 2.11 has it under one name only.
+_GROUPED = {getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)} - {None}
+
+
+def _grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """torch's product of groups of rows, each with its own matrix; `offs` are the groups' ends."""
+    if offs is None:
+        y = a @ b
+    else:
+        ends = offs.tolist()
+        rows = zip([0, *ends], ends, b, strict=False)
+        y = torch.cat([*(a[start:end] @ matrix for start, end, matrix in rows)])
+        y = F.pad(y, (0, 0, 0, len(a) - len(y)))  # rows of no group
+    y = y if bias is None else y + bias
+    return y if out_dtype is None else y.to(out_dtype)
 
 
 def _widened_dtype(value: Any) -> Any:
@@ -77,6 +99,9 @@ _FILLS = {
 }  # fmt: skip
 
 
+_REQUIRE = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+
+
 class Steady(TorchFunctionMode):
     """Calls torch's functional dropouts with p = 0, and draws random numbers in float64, so that
     those of the judge are those of the models.
@@ -86,6 +111,8 @@ class Steady(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func == _REQUIRE and args[1] and args[0].requires_grad:
+            return None  # torch refuses it for inputs that are no leaves, as a proof's are
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:

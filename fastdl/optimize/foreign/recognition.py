@@ -20,7 +20,7 @@ from .form import Act, Form, original_class, parameters
 from .leaves import NAMES, Elementwise, Transposed, leaves
 from .parts import IDENTITIES, KINDS, Parts
 from .perceptrons import perceptrons
-from .probe import CLOSE, Probe
+from .probe import CLOSE, Probe, probing
 
 # What every module has.
 _OWN = vars(nn.Module()).keys()
@@ -47,10 +47,11 @@ def forget() -> None:
 
 def _probe(module: nn.Module) -> Form | None:
     test = Probe(module, original_class(type(module)).forward)  # type: ignore[attr-defined]
-    fitting = filter(test.agrees, _candidates(module))
-    form = next(fitting, None)
-    # others may differ in where they round
-    return min([form, *fitting], key=test.strays) if form and form.rounds else form
+    with probing():
+        fitting = filter(test.agrees, _candidates(module))
+        form = next(fitting, None)
+        # others may differ in where they round
+        return min([form, *fitting], key=test.strays) if form and form.rounds else form
 
 
 def _signature(module: nn.Module) -> Any:
