@@ -374,6 +374,52 @@ def test_what_changes_later_counts(change):
     torch.testing.assert_close(model(x), twin(x))
 
 
+class Optional(Perceptron):
+    def __init__(self):
+        super().__init__()
+        self.last = None
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.last is None else self.last(y)
+
+
+def test_a_child_that_was_not_there_counts():
+    model = nn.Sequential(Optional()).eval()
+    twin = copy.deepcopy(model)
+    assert site_of(model).op == "mlp"
+    fastdl.optimize(model)
+    twin[0].last = model[0].last = nn.Linear(D, D)
+    x = torch.randn(X)
+    torch.testing.assert_close(model(x), twin(x))
+
+
+class Remembering(Perceptron):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return super().forward(x)
+
+
+class Setting(Perceptron):
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+@pytest.mark.parametrize("make", [Remembering, Setting])
+def test_what_a_forward_leaves_in_its_module_stays(make):
+    """A form would leave nothing, and a probe must not either."""
+    model = nn.Sequential(make())
+    before = dict(vars(model[0]))
+    fastdl.optimize(model)
+    assert type(model[0]) is make
+    assert vars(model[0]).keys() == before.keys() and not before.get("seen")
+
+
 def test_calls_by_keyword():
     model = nn.Sequential(Adapted())
     x, emb = torch.randn(X), torch.randn(3, H)

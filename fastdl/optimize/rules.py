@@ -16,7 +16,7 @@ from ..nn.rnn import let_dynamo_enter
 from ..ops._route import FUSED_DTYPES, PLAIN
 from . import libraries
 from ._judge import copied
-from .foreign import form_of, recognise, with_form
+from .foreign import form_of, names_of_children, recognise, with_form
 from .sequential import Sequential
 
 # torch's class -> ours: every class of fastdl.nn that derives from one of torch's.
@@ -77,7 +77,7 @@ def _foreign(module: nn.Module, cls: type) -> Finding | None:
     own = cls.__module__.startswith(f"{_ROOT}.")
     form = None if own or _unfit(module) else recognise(module)
     if form is not None:
-        return Finding(cls.__name__, form.op, with_form(cls, form))
+        return Finding(cls.__name__, form.op, with_form(form, names_of_children(module), cls))
     reason = _unknown(module)
     return Finding(cls.__name__, reason=reason) if reason else None
 

@@ -2,5 +2,10 @@
 may be is told from its children, attributes and shapes, and a probe decides.
 """
 
-from .form import form_of as form_of, original_class as original_class
-from .recognition import forget as forget, recognise as recognise, with_form as with_form
+from .form import form_of as form_of
+from .recognition import (
+    forget as forget,
+    names_of_children as names_of_children,
+    recognise as recognise,
+    with_form as with_form,
+)

@@ -20,7 +20,7 @@ Draw = Callable[..., Tensor]
 Inputs = tuple[Tensor | None, ...]
 
 
-def original_class(cls: type) -> type:
+def original_class(cls: type) -> Any:
     """The class that a class with a form was made of, else the class itself."""
     return MADE.get(cls, cls)
 
@@ -87,5 +87,5 @@ class Act:
 
 def parameters(cls: Any) -> dict[str, Any]:
     """The names of the arguments of a class's forward after self, with their defaults."""
-    _, *rest = inspect.signature(original_class(cls).forward).parameters.values()  # type: ignore[attr-defined]
+    _, *rest = inspect.signature(original_class(cls).forward).parameters.values()
     return {p.name: p.default for p in rest if p.kind is p.POSITIONAL_OR_KEYWORD}

@@ -1,6 +1,7 @@
 """Whether a module computes what a form says: both run on a small copy of it, in float64."""
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ...ops._route import policy
 from .._judge import eager, no_trace, tensors_in
 from .._modes import Float64
-from .form import Form
+from .form import Draw, Form
 
 # Small inputs show eps, large ones what is clamped.
 MAGNITUDES = (1e-3, 1.0, 1e3)
@@ -20,7 +21,6 @@ MAGNITUDES = (1e-3, 1.0, 1e3)
 CLOSE = 1e-9
 
 Forward = Callable[..., Any]
-Draw = Callable[..., Tensor]
 Given = list[Tensor | None]
 
 
@@ -76,14 +76,18 @@ class Probe:
         )
 
     def _own(self, inputs: Given, training: bool, size: float) -> list[Any] | None:
-        """What the module's own forward gives; None where it takes other arguments."""
+        """What the module's own forward gives; None where it takes other arguments, or leaves
+        something in the module, which no form would.
+        """
         key = training, size, tuple(None if x is None else x.shape for x in inputs)
         if key not in self._known:
             twin = small_copy(self.module, torch.float64).train(training)
+            kept = _held(twin)
             try:
-                self._known[key] = _derived(twin, self.forward, inputs)
+                found = _derived(twin, self.forward, inputs)
             except Exception:
-                self._known[key] = None
+                found = None
+            self._known[key] = found if _held(twin) == kept else None
         return self._known[key]
 
     def strays(self, form: Form) -> float:
@@ -98,6 +102,15 @@ class Probe:
                 outputs.append([t.double() for _, t in tensors_in(output, "")])
         pairs = zip(*outputs, strict=True)
         return max((a != b).double().mean().item() for a, b in pairs)
+
+
+def _held(module: nn.Module) -> list[Any]:
+    """What modules hold: which objects, and how many there are in each."""
+    return [
+        (name, id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
+        for m in module.modules()
+        for name, value in vars(m).items()
+    ]
 
 
 def _derived(twin: nn.Module, forward: Forward, inputs: Given) -> list[Any] | None:
@@ -151,6 +164,8 @@ def small_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     def shrink(value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return small.get(value, value)
+        if isinstance(value, (list, dict, set)):
+            return copy.copy(value)  # what a forward puts there is not the original's
         return tuple(map(shrink, value)) if isinstance(value, tuple) else value
 
     def fresh(t: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def forget() -> None:
 
 
 def _probe(module: nn.Module) -> Form | None:
-    test = Probe(module, original_class(type(module)).forward)  # type: ignore[attr-defined]
+    test = Probe(module, original_class(type(module)).forward)
     with probing():
         fitting = filter(test.agrees, _candidates(module))
         form = next(fitting, None)
@@ -63,7 +63,7 @@ def _signature(module: nn.Module) -> Any:
         tuple(
             (k, v if isinstance(v, plain) or _is_function(v) else id(v))
             for k, v in vars(module).items()
-            if not (k.startswith("_") and hasattr(nn.Module, k)) and k not in _OWN
+            if k not in _OWN
         ),
         tuple((n, p if p is None else p.shape) for n, p in module._parameters.items()),
         tuple((n, m if m is None else _signature(m)) for n, m in module._modules.items()),
@@ -131,23 +131,26 @@ def _of_function(function: Callable[..., Any]) -> str | None:
     return None
 
 
-def with_form(cls: Any, form: Form) -> Any:
-    """A class that runs a form, and the class's own forward where the form does not fit a call."""
-    return _with_form(cls, form)
-
-
 @functools.cache
-def _with_form(cls: Any, form: Form) -> Any:
-
+def with_form(form: Form, children: tuple[str, ...], cls: Any) -> Any:
+    """A class that runs a form, and the class's own forward where the form does not fit a call, or
+    where the module has not the children that it had.
+    """
     given = parameters(cls)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         values = args if not kwargs else _in_order(given, args, kwargs)
-        found = NotImplemented if values is None else form.run(self, *values)
+        found: Any = NotImplemented
+        if values is not None and names_of_children(self) == children:
+            found = form.run(self, *values)
         return cls.forward(self, *args, **kwargs) if found is NotImplemented else found
 
     members = {"forward": forward, "_fastdl_form": form}
-    return derive(cls, functools.partial(with_form, form=form), members)
+    return derive(cls, functools.partial(with_form, form, children), members)
+
+
+def names_of_children(module: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, child in module._modules.items() if child is not None)
 
 
 def _in_order(
