@@ -14,8 +14,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
-from ..ops._op import SPELLINGS, Spelling
-from ._normalize import Call, Calls, value
+from ...ops._op import SPELLINGS, Spelling
+from .normalize import Call, Calls, value
 
 _COMMUTATIVE = frozenset({"add", "mul"})
 _MISSING = object()

@@ -15,8 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from ._match import Match
-from ._normalize import Calls, value
+from .match import Match
+from .normalize import Calls, value
 
 # Functions that write to their arguments without a word of it in their names or signatures.
 _WRITES = {

@@ -1,4 +1,4 @@
-"""The graph engine: `torch.compile(model, backend="fastdl")` puts fused ops into the graph."""
+"""Putting fused ops into a graph of torch's functions."""
 
 import contextlib
 import inspect
@@ -14,50 +14,19 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-from ..ops._route import policy
-from ._hazards import Hazards, autocast_at, nodes_in
-from ._match import Match, Pattern, matches, patterns_by_op
-from ._normalize import Calls, clean, value
-from .plan import Site
+from ...ops._route import policy
+from ..report import Site
+from .hazards import Hazards, autocast_at, nodes_in
+from .match import Match, Pattern, matches, patterns_by_op
+from .normalize import Calls, clean, value
 
 # Arguments that an op adds at its ends: none of them may change the shape or dtype of the result.
 _ADDED = ("residual", "scale", "shift")
 
-_last: tuple[Site, ...] = ()
-
-
-def backend(
-    gm: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None
-) -> Callable[..., Any]:
-    """A backend for torch.compile. `options={"then": "inductor"}` hands the rewritten graph on."""
-    options = dict(options or {})
-    then = options.pop("then", None)
-    if options:
-        raise ValueError(f"fastdl backend: unknown options {sorted(options)}, allowed is 'then'")
-    rewrite(gm)
-    if then is None:
-        return gm.forward
-    from torch._dynamo.backends.registry import lookup_backend
-
-    return lookup_backend(then)(gm, example_inputs)
-
 
 def rewrite(gm: GraphModule) -> list[Site]:
     """Replace, in place, what Dynamo's graph spells out by the fused ops."""
-    global _last
-    found = [site for part in _parts(gm) for site in _rewrite(part)]
-    gm.meta["fastdl_sites"] = _last = tuple(found)
-    return found
-
-
-def sites(gm: GraphModule) -> list[Site]:
-    """What `rewrite` did to this graph."""
-    return list(gm.meta.get("fastdl_sites", ()))
-
-
-def last_report() -> list[Site]:
-    """What was done to the graph compiled last."""
-    return list(_last)
+    return [site for part in _parts(gm) for site in _rewrite(part)]
 
 
 def _parts(gm: GraphModule) -> Iterator[GraphModule]:
