@@ -21,6 +21,18 @@ _COMMUTATIVE = frozenset({"add", "mul"})
 _MISSING = object()
 
 
+class _Tracer(GraphAppendingTracer):
+    """Nodes that stand in a list. There are thousands: a graph would name each, and print it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(graph)
+        self.nodes: list[Node] = []
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any) -> Node:
+        self.nodes.append(Node(self.graph, str(len(self.nodes)), kind, target, args, kwargs))
+        return self.nodes[-1]
+
+
 class Pattern:
     """A spelling as a graph. Parameters that have a default keep it; the others match anything.
 
@@ -28,10 +40,9 @@ class Pattern:
     """
 
     def __init__(self, spelling: Spelling) -> None:
-        graph = fx.Graph()
-        tracer = GraphAppendingTracer(graph)
+        tracer = _Tracer(fx.Graph())
         self.parameters = {
-            name: graph.placeholder(name)
+            name: tracer.create_node("placeholder", name, (), {})
             for name, parameter in inspect.signature(spelling.pattern).parameters.items()
             if parameter.default is inspect.Parameter.empty
         }
@@ -39,9 +50,9 @@ class Pattern:
         self.outputs = [p.node for p in (result if isinstance(result, tuple) else (result,))]
         self.root = self.outputs[0]
         self.spelling = spelling
-        for node in graph.nodes:
+        for node in tracer.nodes:
             node.meta["fact"] = _is_fact(node)
-        self.ops = [n for n in graph.nodes if n.op != "placeholder" and not n.meta["fact"]]
+        self.ops = [n for n in tracer.nodes if n.op != "placeholder" and not n.meta["fact"]]
         self.calls = Calls()
 
     @property
