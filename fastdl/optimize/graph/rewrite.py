@@ -3,8 +3,8 @@
 import contextlib
 import inspect
 import operator
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -14,40 +14,69 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
+from ...ops._op import public_name
 from ...ops._route import policy
+from ..replay import Outcome
 from ..report import Site
 from .hazards import Hazards, autocast_at, nodes_in
 from .match import Match, Pattern, matches, patterns_by_op
+from .names import site_name, source_of
 from .normalize import Calls, clean, value
+from .pair import Key, Pair, pair_of
 
 # Arguments that an op adds at its ends: none of them may change the shape or dtype of the result.
 _ADDED = ("residual", "scale", "shift")
 
 
-def rewrite(gm: GraphModule) -> list[Site]:
+@dataclass
+class Choice:
+    """Which sites may be replaced, and who wants to see them.
+
+    `known` is what was found out about single sites: one with a fault stays, so that a smaller one
+    may take its place. Of `ops` and `only`, None allows all ops and all sites. `path` is the name
+    of the module whose code the graph is, and `keep` is given both forms of each replaced site.
+    """
+
+    known: Mapping[Key, Outcome] = field(default_factory=dict)
+    ops: Collection[str] | None = None
+    only: Collection[Key] | None = None
+    path: str = ""
+    keep: Callable[[Pair], None] | None = None
+
+    def wants(self, op: str, key: Key) -> bool:
+        return (self.ops is None or op in self.ops) and (self.only is None or key in self.only)
+
+    def outcome(self, key: Key) -> Outcome:
+        return self.known.get(key, Outcome())
+
+
+def rewrite(gm: GraphModule, choice: Choice | None = None) -> list[Site]:
     """Replace, in place, what Dynamo's graph spells out by the fused ops."""
-    return [site for part in _parts(gm) for site in _rewrite(part)]
+    choice = choice or Choice()
+    return [site for body, part in parts(gm) for site in _rewrite(body, part, choice)]
 
 
-def _parts(gm: GraphModule) -> Iterator[GraphModule]:
-    """The graph and the bodies of its checkpoints. Other bodies are those of closed ops."""
-    yield gm
+def parts(gm: GraphModule, name: str = "") -> Iterator[tuple[GraphModule, str]]:
+    """The graph and the bodies of its checkpoints, and what their nodes' names begin with. Other
+    bodies are those of closed ops.
+    """
+    yield gm, name
     for node in gm.graph.find_nodes(
         op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint
     ):
         body = getattr(gm, str(node.args[0].target), None)
         if isinstance(body, GraphModule):
-            yield from _parts(body)
+            yield from parts(body, f"{name}{node.args[0].target}.")
 
 
-def _rewrite(gm: GraphModule) -> list[Site]:
+def _rewrite(gm: GraphModule, part: str, choice: Choice) -> list[Site]:
     clean(gm.graph)
     calls = Calls()
     hazards, patterns = Hazards(gm.graph, calls), patterns_by_op()
     found = []
     for node in reversed(list(gm.graph.nodes)):
         if not node._erased:
-            found += _fuse(node, patterns, calls, hazards)
+            found += _fuse(node, part, patterns, calls, hazards, choice)
     clean(gm.graph)
     gm.graph.lint()
     gm.recompile()
@@ -55,7 +84,12 @@ def _rewrite(gm: GraphModule) -> list[Site]:
 
 
 def _fuse(
-    node: Node, patterns: dict[str, list[Pattern]], calls: Calls, hazards: Hazards
+    node: Node,
+    part: str,
+    patterns: dict[str, list[Pattern]],
+    calls: Calls,
+    hazards: Hazards,
+    choice: Choice,
 ) -> list[Site]:
     """Replace the largest match that ends at the node. Says why a larger one may not be."""
     refused: dict[int, Site] = {}  # by size, the first one of each
@@ -63,21 +97,22 @@ def _fuse(
     for pattern in patterns.get(call.op, ()) if call is not None else ():
         for match in matches(pattern, node, calls):
             fused = match.call()
-            reason = _mistyped(fused) or hazards.reason(match) or _differs(fused, match)
-            site = Site(_name(node), str(pattern), fused.func.__name__, reason)
+            op, key = public_name(fused.func), Key(part + node.name, str(pattern))
+            if not choice.wants(op, key):
+                continue
+            known = choice.outcome(key)
+            reason = known.fault or _mistyped(fused) or hazards.reason(match)
+            reason = reason or _differs(fused, match)
+            site = Site(site_name(node, choice.path), str(pattern), op, reason, *known[:4],
+                source_of(node))  # fmt: skip
             if reason is None:
+                if choice.keep is not None:
+                    choice.keep(pair_of(key, op, match.nodes, match.outputs, fused))
                 _replace(match, fused)
                 larger = [old for size, old in refused.items() if size > len(match.nodes)]
                 return [site, *larger[:1]]
             refused.setdefault(len(match.nodes), site)
     return list(refused.values())[:1]
-
-
-def _name(node: Node) -> str:
-    """The module that the call stands in and the call: "encoder.0.fc1 (linear)"."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = [re.sub(r"^[LG]\['\w+'\]\.?", "", str(entry[0])) for entry in stack.values()]
-    return f"{path[-1]} ({node.name})" if path and path[-1] else node.name
 
 
 @cache
