@@ -52,8 +52,8 @@ WRITTEN = [
 def test_is_found_written_out(written, loss, reduction):
     given = pair(5, 7)
     found, (call,) = fused_calls(written, *given)
-    assert call.target.__name__ == "loss_of_difference"
-    assert call.args[2:] == (loss, reduction)
+    assert call.target.__name__ == f"{loss}_of_difference"
+    assert call.args[2:] == (reduction,)
     expected = written(*given)
     torch.testing.assert_close(found, expected)
     for got, wanted in zip(

@@ -187,6 +187,23 @@ class Spelling(NamedTuple):
     call: "Callable[..., partial[Any]]"
 
 
+def form_of(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Marks a function that computes a public op in a form that people write: reports name the
+    op.
+    """
+
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        vars(function)["public_name"] = op
+        return function
+
+    return mark
+
+
+def public_name(function: Callable[..., Any]) -> str:
+    """The op of fastdl.functional that a function is, or is a form of."""
+    return getattr(function, "public_name", function.__name__)
+
+
 def named(names: Iterable[str], pattern: Callable[..., Any]) -> Callable[..., Any]:
     """A pattern that takes any arguments, as a function of parameters of these names."""
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import SPELLINGS, Spelling, named
+from ._op import SPELLINGS, Spelling, form_of, named
 from .attention import scaled_dot_product_attention
 from .multi_head_attention import multi_head_attention_forward
 
@@ -19,6 +19,7 @@ from .multi_head_attention import multi_head_attention_forward
 LOW = -1e8
 
 
+@form_of("scaled_dot_product_attention")
 def attention(
     query: Tensor,
     key_columns: Tensor,

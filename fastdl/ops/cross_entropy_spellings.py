@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cross_entropy as fused, linear_cross_entropy as fused_linear
-from ._op import SPELLINGS, Spelling, same_call
+from ._op import SPELLINGS, Spelling, form_of, same_call
 from .cross_entropy import cross_entropy, in_autocast
 from .linear_cross_entropy import linear_cross_entropy
 from .nll_loss import nll_loss
@@ -33,6 +33,7 @@ def _as_rows(x: Tensor, classes: int, layout: str, width: int | None, shifted: b
     return x.reshape(-1, x.shape[-1])
 
 
+@form_of("cross_entropy")
 def cross_entropy_of_rows(
     input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any
 ) -> Tensor:
@@ -42,6 +43,7 @@ def cross_entropy_of_rows(
     return _of_rows(input, None, target, weight, **options)
 
 
+@form_of("linear_cross_entropy")
 def linear_cross_entropy_of_rows(
     input: Tensor,
     linear_weight: Tensor,
@@ -74,6 +76,7 @@ def _of_rows(
     return fused_linear.run(*arguments)
 
 
+@form_of("cross_entropy")
 def cross_entropy_of_log_softmax(
     input: Tensor,
     target: Tensor,
@@ -92,6 +95,7 @@ def cross_entropy_of_log_softmax(
     )
 
 
+@form_of("cross_entropy")
 def chosen_log_softmax(input: Tensor, index: Tensor, *, wide: bool = False) -> Tensor:
     """The log_softmax over the last dimension at one index a row."""
     if tuple(index.shape) != tuple(input.shape[:-1]):
@@ -103,6 +107,7 @@ def chosen_log_softmax(input: Tensor, index: Tensor, *, wide: bool = False) -> T
     return -loss.view(index.shape)
 
 
+@form_of("cross_entropy")
 def smoothed_cross_entropy(
     input: Tensor, target: Tensor, *, confidence: float, smoothing: float, reduction: str
 ) -> Tensor:
@@ -114,6 +119,7 @@ def smoothed_cross_entropy(
     )
 
 
+@form_of("cross_entropy")
 def soft_cross_entropy(input: Tensor, target: Tensor, *, reduction: str) -> Tensor:
     """-sum(target log_softmax(input)) of rows."""
     if input.dim() != 2 or not target.is_floating_point():

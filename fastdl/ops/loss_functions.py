@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import SPELLINGS, Spelling, same_call
+from ._op import SPELLINGS, Spelling, form_of, same_call
 from ._reduction import reduction_of
 from .losses import pointwise
 
@@ -176,20 +176,30 @@ def _broadcasts(factor: Tensor, x: Tensor) -> bool:
     return factor.dim() <= x.dim() and all(m == n or m == 1 for m, n in sizes)
 
 
-def loss_of_difference(input: Tensor, target: Tensor, loss: str, reduction: str) -> Tensor:
-    """A loss as it is when people write it out: nobody is warned of shapes."""
-    x, t = _together("loss", input, target, warn=False)
-    return pointwise(x, t, loss, reduction)
+@form_of("mse_loss")
+def mse_of_difference(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """mse_loss as it is when people write it out: nobody is warned of shapes."""
+    x, t = _together("mse_loss", input, target, warn=False)
+    return pointwise(x, t, "mse", reduction)
 
 
-def _spell_out(difference: Callable[[Any], Any], loss: str, reduction: str) -> Spelling:
+@form_of("l1_loss")
+def l1_of_difference(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """l1_loss as it is when people write it out: nobody is warned of shapes."""
+    x, t = _together("l1_loss", input, target, warn=False)
+    return pointwise(x, t, "l1", reduction)
+
+
+def _spell_out(
+    difference: Callable[[Any], Any], loss: Callable[..., Tensor], reduction: str
+) -> Spelling:
     """The loss of a difference written out, and its mean or sum."""
 
     def pattern(input: Any, target: Any) -> Any:
         return getattr(difference(input - target), reduction)()
 
     def call(input: Any, target: Any) -> "partial[Any]":
-        return partial(loss_of_difference, input, target, loss, reduction)
+        return partial(loss, input, target, reduction)
 
     return Spelling(pattern, call)
 
@@ -203,7 +213,8 @@ SPELLINGS.extend(
 SPELLINGS.extend(
     _spell_out(difference, loss, reduction)
     for difference, loss in (
-        (lambda d: d.pow(2), "mse"), (lambda d: d * d, "mse"), (lambda d: d.abs(), "l1"),
+        (lambda d: d.pow(2), mse_of_difference), (lambda d: d * d, mse_of_difference),
+        (lambda d: d.abs(), l1_of_difference),
     )
     for reduction in ("mean", "sum")
 )  # fmt: skip

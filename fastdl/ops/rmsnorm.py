@@ -20,6 +20,7 @@ from ._op import (
     autocast_to_float32,
     differentiating,
     empty_gradients,
+    form_of,
     gradients,
     second_derivative,
 )
@@ -201,6 +202,7 @@ def rms_norm(
     return (y, h) if prenorm else y
 
 
+@form_of("rms_norm")
 def rms_norm_of_last(
     input: Tensor,
     weight: Tensor | None,

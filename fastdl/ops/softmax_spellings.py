@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import SPELLINGS, Spelling
+from ._op import SPELLINGS, Spelling, form_of
 from .softmax import log_softmax, softmax, softmin
 
 Step = Callable[..., Any]
 
 
+@form_of("softmax")
 def softmax_of_hidden(
     input: Tensor,
     hidden: Tensor,

@@ -19,7 +19,8 @@ class Site(NamedTuple):
 
     `before` and `after` are the largest errors of the original and of the op on the example inputs,
     against float64 and relative to the largest value of the tensor; `allowed` is what `after` may
-    be. `route` says who computed the op. `op` is empty where no rule knows the place.
+    be. `route` says who computed the op. `op` is empty where no rule knows the place. `source` is
+    the user's line that made the call, where a graph tells it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Site(NamedTuple):
     before: float | None = None
     after: float | None = None
     allowed: float | None = None
+    source: str | None = None
 
 
 class Story:

@@ -6,7 +6,8 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ..report import Site
-from .rewrite import rewrite
+from .options import Options, parse
+from .rewrite import Choice, rewrite
 
 _last: tuple[Site, ...] = ()
 
@@ -14,18 +15,24 @@ _last: tuple[Site, ...] = ()
 def backend(
     gm: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """A backend for torch.compile. `options={"then": "inductor"}` hands the rewritten graph on."""
+    """A backend for torch.compile.
+
+    Of its options, `then` is who gets the rewritten graph ("eager", "aot_eager", "inductor", any
+    other backend; without it, the graph runs as it is), `ops` are the names of the only ops that
+    may be put in.
+    """
     global _last
-    options = dict(options or {})
-    then = options.pop("then", None)
-    if options:
-        raise ValueError(f"fastdl backend: unknown options {sorted(options)}, allowed is 'then'")
-    gm.meta["fastdl_sites"] = _last = tuple(rewrite(gm))
-    if then is None:
+    chosen = parse(options)
+    gm.meta["fastdl_sites"] = _last = tuple(rewrite(gm, Choice(ops=chosen.ops)))
+    return _hand_on(gm, example_inputs, chosen)
+
+
+def _hand_on(gm: GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
+    if options.then in (None, "eager"):
         return gm.forward
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(then)(gm, example_inputs)
+    return lookup_backend(options.then)(gm, example_inputs)
 
 
 def sites(gm: GraphModule) -> list[Site]:

@@ -3,25 +3,52 @@
 import contextlib
 import gc
 import operator
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ...ops._op import public_name
+from ..replay import Outcome
 from ..report import Site
 from .fits import Fits, mistyped
 from .hazards import Hazards
 from .match import Match, Pattern, matches, patterns_by_op
+from .names import site_name, source_of
 from .normalize import Calls, clean, value
+from .pair import Key, Pair, pair_of
 
 
-def rewrite(gm: GraphModule) -> list[Site]:
+@dataclass
+class Choice:
+    """Which sites may be replaced, and who wants to see them.
+
+    `known` is what was found out about single sites: one with a fault stays, so that a smaller one
+    may take its place. Of `ops` and `only`, None allows all ops and all sites. `path` is the name
+    of the module whose code the graph is, and `keep` is given both forms of each replaced site.
+    """
+
+    known: Mapping[Key, Outcome] = field(default_factory=dict)
+    ops: Collection[str] | None = None
+    only: Collection[Key] | None = None
+    path: str = ""
+    keep: Callable[[Pair], None] | None = None
+
+    def wants(self, op: str, key: Key) -> bool:
+        return (self.ops is None or op in self.ops) and (self.only is None or key in self.only)
+
+    def outcome(self, key: Key) -> Outcome:
+        return self.known.get(key, Outcome())
+
+
+def rewrite(gm: GraphModule, choice: Choice | None = None) -> list[Site]:
     """Replace, in place, what Dynamo's graph spells out by the fused ops."""
+    choice = choice or Choice()
     with _no_collection():
-        return [site for part in _parts(gm) for site in _rewrite(part)]
+        return [site for body, part in parts(gm) for site in _Rewriting(body, part, choice).run()]
 
 
 @contextlib.contextmanager
@@ -36,55 +63,68 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _parts(gm: GraphModule) -> Iterator[GraphModule]:
-    """The graph and the bodies of its checkpoints. Other bodies are those of closed ops."""
-    yield gm
+def parts(gm: GraphModule, name: str = "") -> Iterator[tuple[GraphModule, str]]:
+    """The graph and the bodies of its checkpoints, and what their nodes' names begin with. Other
+    bodies are those of closed ops.
+    """
+    yield gm, name
     for node in gm.graph.find_nodes(
         op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint
     ):
         body = getattr(gm, str(node.args[0].target), None)
         if isinstance(body, GraphModule):
-            yield from _parts(body)
+            yield from parts(body, f"{name}{node.args[0].target}.")
 
 
-def _rewrite(gm: GraphModule) -> list[Site]:
-    clean(gm.graph)
-    calls = Calls()
-    hazards, fits, patterns = Hazards(gm.graph, calls), Fits(), patterns_by_op()
-    found = []
-    for node in reversed(list(gm.graph.nodes)):
-        if not node._erased:
-            found += _fuse(node, patterns, calls, hazards, fits)
-    clean(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    return found[::-1]
+class _Rewriting:
+    """Of one graph: from its last node to the first, so that what is before a node is as it was."""
 
+    def __init__(self, gm: GraphModule, part: str, choice: Choice) -> None:
+        clean(gm.graph)
+        self._gm, self._part, self._choice = gm, part, choice
+        self._calls, self._fits = Calls(), Fits()
+        self._hazards = Hazards(gm.graph, self._calls)
 
-def _fuse(
-    node: Node, patterns: dict[str, list[Pattern]], calls: Calls, hazards: Hazards, fits: Fits
-) -> list[Site]:
-    """Replace the largest match that ends at the node. Says why a larger one may not be."""
-    refused: dict[int, Site] = {}  # by size, the first one of each
-    call = calls[node]
-    for pattern in patterns.get(call.op, ()) if call is not None else ():
-        for match in matches(pattern, node, calls):
-            fused = match.call()
-            reason = mistyped(fused) or hazards.reason(match) or fits.reason(fused, match)
-            site = Site(_name(node), str(pattern), fused.func.__name__, reason)
-            if reason is None:
-                _replace(match, fused)
-                larger = [old for size, old in refused.items() if size > len(match.nodes)]
-                return [site, *larger[:1]]
-            refused.setdefault(len(match.nodes), site)
-    return list(refused.values())[:1]
+    def run(self) -> list[Site]:
+        patterns, found = patterns_by_op(), []
+        for node in reversed(list(self._gm.graph.nodes)):
+            call = None if node._erased else self._calls[node]
+            if call is not None:
+                found += self._fuse(node, patterns.get(call.op, []))
+        clean(self._gm.graph)
+        self._gm.graph.lint()
+        self._gm.recompile()
+        return found[::-1]
 
+    def _fuse(self, node: Node, patterns: list[Pattern]) -> list[Site]:
+        """Replace the largest match that ends at the node. Says why a larger one may not be."""
+        refused: dict[int, Site] = {}  # by size, the first one of each
+        for pattern in patterns:
+            for match in matches(pattern, node, self._calls):
+                site = self._site(match)
+                if site is None:
+                    continue
+                if site.reason is None:
+                    larger = [old for size, old in refused.items() if size > len(match.nodes)]
+                    return [site, *larger[:1]]
+                refused.setdefault(len(match.nodes), site)
+        return list(refused.values())[:1]
 
-def _name(node: Node) -> str:
-    """The module that the call stands in and the call: "encoder.0.fc1 (linear)"."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = [re.sub(r"^[LG]\['\w+'\]\.?", "", str(entry[0])) for entry in stack.values()]
-    return f"{path[-1]} ({node.name})" if path and path[-1] else node.name
+    def _site(self, match: Match) -> Site | None:
+        """The match, replaced if nothing forbids it. None if nobody asks for it."""
+        node, fused, choice = match.outputs[0], match.call(), self._choice
+        op, key = public_name(fused.func), Key(self._part + node.name, str(match.pattern))
+        if not choice.wants(op, key):
+            return None
+        known = choice.outcome(key)
+        reason = known.fault or mistyped(fused) or self._hazards.reason(match)
+        reason = reason or self._fits.reason(fused, match)
+        name = site_name(node, choice.path)
+        if reason is None:
+            if choice.keep is not None:
+                choice.keep(pair_of(key, op, match.nodes, match.outputs, fused))
+            _replace(match, fused)
+        return Site(name, key.pattern, op, reason, *known[:4], source_of(node))
 
 
 def _replace(match: Match, fused: "partial[Any]") -> None:

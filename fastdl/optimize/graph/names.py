@@ -1,0 +1,68 @@
+"""What the nodes of a graph are called for people: modules, parameters and lines of source."""
+
+import os
+import re
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+# Code of torch's own is no line of the user's.
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+_FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+), in .*$')
+
+
+def site_name(node: Node, path: str = "") -> str:
+    """The module that the call stands in and the call: "encoder.0.fc1 (linear)"."""
+    stack = node.meta.get("nn_module_stack") or {}
+    inner = [_without_frame(str(entry[0])) for entry in stack.values()][-1:]
+    module = ".".join(filter(None, [path, *inner]))
+    return f"{module} ({node.name})" if module else node.name
+
+
+def module_of(name: str) -> str:
+    """The module in the name of a site, "" for the model itself."""
+    module, bracket, _ = name.partition(" (")
+    return module if bracket else ""
+
+
+def qualified(node: Node) -> str:
+    """The user's name of an input: fc1.weight for L['self']._modules['fc1']._parameters['weight'],
+    x for L['x'].
+    """
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    text = _text(source)
+    if text is None:
+        return node.name
+    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", text)
+    inner = _without_frame(text)
+    return inner or re.sub(r"^[LG]\['(\w+)'\]", r"\1", text)
+
+
+def _text(source: Any) -> str | None:
+    name = getattr(source, "name", None)
+    name = name() if callable(name) else name  # a method before torch 2.12
+    return name if isinstance(name, str) and name else None
+
+
+def _without_frame(text: str) -> str:
+    """The path below the variable that holds the module."""
+    return re.sub(r"^[LG]\['\w+'\]\.?", "", text)
+
+
+def source_of(node: Node) -> str | None:
+    """The user's line that made the call: "model.py:12  h = self.fc(x)"."""
+    lines = (node.meta.get("stack_trace") or "").splitlines()
+    for index in reversed(range(len(lines))):
+        frame = _FRAME.match(lines[index])
+        if frame is not None and not frame["file"].startswith(_TORCH):
+            text = lines[index + 1].strip() if index + 1 < len(lines) else ""
+            return f"{short(frame['file'])}:{frame['line']}  {text}".rstrip()
+    return None
+
+
+def short(file: str) -> str:
+    """A file from here, or from where packages are installed."""
+    here = os.getcwd() + os.sep
+    return file.removeprefix(here) if file.startswith(here) else file.split("site-packages/")[-1]
