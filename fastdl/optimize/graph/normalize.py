@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._ops import OpOverload
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.node import map_aggregate
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
@@ -82,12 +82,18 @@ def normalize(node: Node) -> Call | None:
     if op in _FIXED:
         op, fixed = _FIXED[op]
         arguments, defaults = _bind(_aten_signatures(op), (), {**arguments, **fixed})
-    return Call(op, map_aggregate(arguments, _constant), defaults, inplace)
+    return Call(op, map_aggregate(arguments, constant), defaults, inplace)
 
 
 def value(node: Node) -> Any:
     """What the node computes, on fake tensors."""
     return node.meta.get("example_value")
+
+
+def lineage(node: Node) -> dict[str, Any]:
+    """Where a node comes from: what takes its place comes from there too."""
+    keys = ("stack_trace", "nn_module_stack", "source_fn_stack")
+    return {key: node.meta[key] for key in keys if key in node.meta}
 
 
 def _dtype_of(node: Node) -> Any:
@@ -156,7 +162,7 @@ def _bind(
     return {**dict(zip(names, args, strict=False)), **kwargs}, {}
 
 
-def _constant(argument: Any) -> Any:
+def constant(argument: Any) -> Any:
     """A Python number for a node that holds one: with dynamic shapes Dynamo does so to floats."""
     if not isinstance(argument, Node):
         return argument
@@ -169,37 +175,3 @@ def _constant(argument: Any) -> Any:
     elif isinstance(number, torch.SymFloat):
         known = number.node.maybe_as_float()
     return argument if known is None else known
-
-
-def clean(graph: Graph) -> None:
-    """Drop what computes nothing: casts to the dtype a tensor has, and numbers that nobody reads.
-
-    Tracing a fused op leaves such a number behind: whether a transform is active.
-    """
-    for node in reversed(graph.nodes):
-        call = normalize(node)
-        source = call.arguments.get("input") if call is not None and call.op == "to" else None
-        if isinstance(source, Node) and _returns(value(source), value(node)):
-            node.replace_all_uses_with(source)
-        elif not _is_number(node):
-            continue
-        if not node.users:
-            graph.erase_node(node)
-
-
-def _returns(source: Any, result: Any) -> bool:
-    """Whether `to` returned its input: else it made a copy."""
-    return source is result or (
-        type(source) is type(result)
-        and isinstance(source, torch._subclasses.FakeTensor)
-        and source.dtype == result.dtype
-        and source.untyped_storage()._cdata == result.untyped_storage()._cdata
-    )
-
-
-def _is_number(node: Node) -> bool:
-    numbers = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size)
-    if node.op not in ("call_function", "call_method") or not isinstance(value(node), numbers):
-        return False
-    # an item of unknown value has named a symbol, which shapes further down may use
-    return not node.is_impure() and (node.target != "item" or _constant(node) is not node)

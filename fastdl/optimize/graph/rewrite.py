@@ -18,8 +18,9 @@ from .fits import Fits, mistyped
 from .hazards import Hazards
 from .match import Match, Pattern, matches, patterns_by_op
 from .names import site_name, source_of
-from .normalize import Calls, clean, value
+from .normalize import Calls, lineage, value
 from .pair import Key, Pair, pair_of
+from .tidy import clean, tidy
 
 
 @dataclass
@@ -80,7 +81,7 @@ class _Rewriting:
     """Of one graph: from its last node to the first, so that what is before a node is as it was."""
 
     def __init__(self, gm: GraphModule, part: str, choice: Choice) -> None:
-        clean(gm.graph)
+        tidy(gm.graph)
         self._gm, self._part, self._choice = gm, part, choice
         self._calls, self._fits = Calls(), Fits()
         self._hazards = Hazards(gm.graph, self._calls)
@@ -144,7 +145,4 @@ def _replace(match: Match, fused: "partial[Any]") -> None:
 
 
 def _describe(new: Node, old: Node, result: Any) -> None:
-    for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-        if key in old.meta:
-            new.meta[key] = old.meta[key]
-    new.meta["example_value"] = result
+    new.meta |= lineage(old) | {"example_value": result}
