@@ -10,6 +10,7 @@ from torch import nn
 import fastdl
 from fastdl.contract.evaluate import FORWARD, GRADIENT, compare
 from fastdl.optimize import graph
+from graph_forms import Compiled
 
 
 def qkv(dtype=torch.float32):
@@ -80,7 +81,42 @@ def call_with_shared_keys(q, k, v):
     return F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
 
 
+def repeated(x):
+    """Heads 0 0 1 1, as Hugging Face repeats them."""
+    x = torch.cat([x[:, :, :, :8], x[:, :, :, 8:]], 2)[:, :, :20]
+    b, h, s, d = x.shape
+    return x[:, :, None, :, :].expand(b, h, 2, s, d).reshape(b, h * 2, s, d)
+
+
+def more_queries(q):
+    return torch.cat([q, q.flip(2)], 1)[..., :8]
+
+
+def capped(q, k, v):
+    weights = torch.matmul(q, k.transpose(2, 3)) * 0.25
+    weights = torch.tanh(weights / 2.0) * 2.0 + BIAS.to(q.dtype)
+    return torch.matmul(F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype), v)
+
+
+def groups_by_hand(q, k, v):
+    q, k, v = more_queries(q), repeated(k), repeated(v)
+    weights = torch.matmul(q, k.transpose(2, 3)) * 0.25 + BIAS.to(q.dtype)
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(F.dropout(weights, p=0.0, training=True), v)
+
+
+def groups_of_a_call(q, k, v):
+    return F.scaled_dot_product_attention(more_queries(q), repeated(k), repeated(v))
+
+
+def groups_by_name(q, k, v):
+    k, v = (x[..., :8].repeat_interleave(2, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(more_queries(q), k, v, is_causal=True)
+
+
+GROUPED = [groups_by_hand, groups_of_a_call, groups_by_name]
 WRITTEN = [
+    capped, *GROUPED,
     nanogpt, hugging_face, bert, scaled_queries, divided_queries, in_float32, annotated,
     without_batches, call, call_with_a_mask, call_with_shared_keys,
 ]  # fmt: skip
@@ -88,7 +124,8 @@ WRITTEN = [
 
 def run(function, inputs):
     o = function(*inputs)
-    return [o, *torch.autograd.grad(o, inputs, BACK.to(o.dtype).view(o.shape))]
+    back = torch.cat([BACK, BACK], 1)[..., :8] if o.shape[1] == 4 else BACK
+    return [o, *torch.autograd.grad(o, inputs, back.to(o.dtype).view(o.shape))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,6 +140,24 @@ def test_is_found(written, dtype):
     truth = run(written, [x.detach().double().requires_grad_() for x in inputs])
     compare(found[:1], torchs[:1], truth[:1], FORWARD).require("output")
     compare(found[1:], torchs[1:], truth[1:], GRADIENT).require("gradient")
+
+
+@pytest.mark.parametrize("written", GROUPED)
+def test_shared_heads_are_not_copied(written):
+    compiled = Compiled(written)
+    compiled(*qkv())
+    assert not {"repeat_interleave", "expand"} & {*compiled.calls}
+
+
+def test_heads_in_another_order_are_copied():
+    def written(q, k, v):
+        k, v = (x[..., :8].repeat(1, 2, 1, 1) for x in (k, v))  # heads 0 1 0 1
+        return F.scaled_dot_product_attention(more_queries(q), k, v)
+
+    inputs = qkv()
+    compiled = Compiled(written)
+    torch.testing.assert_close(compiled(*inputs), written(*inputs))
+    assert compiled.calls.count("repeat") == 2
 
 
 def read_twice(q, k, v):

@@ -5,7 +5,7 @@ import inspect
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ LOW = -1e8
 @form_of("scaled_dot_product_attention")
 def attention(
     query: Tensor,
-    key_columns: Tensor,
+    key: Tensor,
     value: Tensor,
     *,
     scale: float = 1.0,
@@ -31,8 +31,13 @@ def attention(
     fill: float = float("-inf"),
     dropout_p: float = 0.0,
     training: bool = True,
+    softcap: float = 0.0,
+    groups: int = 1,
+    columns: bool = True,
 ) -> Tensor:
-    """Attention written out: of queries and transposed keys, `fill` where a key is hidden."""
+    """Attention written out: `fill` where a key is hidden, keys transposed if they are `columns`.
+    Each head of keys and values serves `groups` neighbouring heads of queries.
+    """
     if hidden is not None and hidden.dtype != torch.bool:
         raise RuntimeError(f"hidden is {hidden.dtype}, allowed is bool")
     if fill > LOW:
@@ -40,8 +45,12 @@ def attention(
     mask = bias
     if hidden is not None:
         mask = ~hidden if fill == float("-inf") else torch.where(hidden, fill, 0.0)
-    key, p = key_columns.transpose(-2, -1), dropout_p if training else 0.0
-    return scaled_dot_product_attention(query, key, value, mask, p, scale=scale)
+    key, p = key.transpose(-2, -1) if columns else key, dropout_p if training else 0.0
+    if groups != 1 and not (key.dim() == 4 and key.shape[1] * groups == query.shape[1]):
+        raise RuntimeError(f"{groups} heads to each of {tuple(key.shape)} for {tuple(query.shape)}")
+    return scaled_dot_product_attention(
+        query, key, value, mask, p, scale=scale, enable_gqa=groups != 1, softcap=softcap
+    )
 
 
 Step = Callable[..., Any]
@@ -75,34 +84,65 @@ _SOFTMAXES: list[Step] = [
 ]
 
 
-def _spell(scale: tuple[Step, Step], mask: Step, softmax: Step, drops: bool) -> Spelling:
-    products, factor = scale
+class Way(NamedTuple):
+    """The choices that people have."""
+
+    scale: tuple[Step, Step]
+    mask: Step
+    softmax: Step
+    drops: bool
+    caps: bool = False
+    repeats: bool = False
+
+
+def _repeated(heads: Any, groups: Any) -> Any:
+    return heads.repeat_interleave(groups, 1)
+
+
+def _spell(way: Way) -> Spelling:
+    products, factor = way.scale
     last = torch.bmm if "bmm" in products.__code__.co_names else torch.matmul
 
     def pattern(
         q: Any, k: Any, v: Any, by: Any, bias: Any, hidden: Any, fill: Any, dtype: Any, p: Any,
-        training: Any,
+        training: Any, cap: Any, groups: Any,
     ) -> Any:  # fmt: skip
-        shares = softmax(mask(products(q, k, by), bias, hidden, fill), dtype)
-        return last(F.dropout(shares, p, training) if drops else shares, v)
+        columns = _repeated(k, groups).transpose(-2, -1) if way.repeats else k
+        logits = products(q, columns, by)
+        logits = torch.tanh(logits / cap) * cap if way.caps else logits
+        shares = way.softmax(way.mask(logits, bias, hidden, fill), dtype)
+        shares = F.dropout(shares, p, training) if way.drops else shares
+        return last(shares, _repeated(v, groups) if way.repeats else v)
 
     def call(
         q: Any, k: Any, v: Any, by: Any, bias: Any, hidden: Any, fill: Any, dtype: Any, p: Any,
-        training: Any,
+        training: Any, cap: Any, groups: Any,
     ) -> partial[Any]:  # fmt: skip
         numeric = by is None or isinstance(by, (int, float))
         options = {
             "scale": factor(by) if numeric else by, "bias": bias, "hidden": hidden, "fill": fill,
-            "dropout_p": p, "training": training,
+            "dropout_p": p, "training": training, "softcap": cap, "groups": groups,
         }  # fmt: skip
-        return partial(attention, q, k, v, **{k: x for k, x in options.items() if x is not None})
+        given = {name: x for name, x in options.items() if x is not None}
+        return partial(attention, q, k, v, **given, **({"columns": False} if way.repeats else {}))
 
     return Spelling(pattern, call)
 
 
 SPELLINGS.extend(
-    _spell(scale, mask, softmax, drops)
-    for scale, mask, softmax, drops in itertools.product(_SCALES, _MASKS, _SOFTMAXES, (False, True))
+    _spell(Way(*choices))
+    for choices in itertools.product(_SCALES, _MASKS, _SOFTMAXES, (False, True))
+)
+# a cap, and heads that share keys, are written by few
+SPELLINGS.extend(
+    _spell(Way(scale, mask, softmax, drops, caps, repeats))
+    for scale, mask, softmax, drops, (caps, repeats) in itertools.product(
+        _SCALES[:3],
+        _MASKS[:2],
+        _SOFTMAXES,
+        (False, True),
+        [(False, True), (True, False), (True, True)],
+    )
 )
 
 # As the definition has it, so that keys need not be transposed.
@@ -128,6 +168,31 @@ SPELLINGS.append(
             q, k, v, mask, p, is_causal, scale=scale, enable_gqa=gqa
         ),
         _call,
+    )
+)
+
+
+@form_of("scaled_dot_product_attention")
+def attention_of_groups(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float,
+    is_causal: bool, scale: float | None, groups: int,
+) -> Tensor:  # fmt: skip
+    """Attention in which each head of keys and values serves `groups` heads of queries."""
+    if key.dim() != 4 or key.shape[1] * groups != query.shape[1]:
+        raise RuntimeError(f"{groups} heads to each of {tuple(key.shape)} for {tuple(query.shape)}")
+    return scaled_dot_product_attention(
+        query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=True
+    )
+
+
+SPELLINGS.append(
+    Spelling(
+        lambda q, k, v, mask, p, is_causal, scale, groups: F.scaled_dot_product_attention(
+            q, _repeated(k, groups), _repeated(v, groups), mask, p, is_causal, scale=scale
+        ),
+        lambda q, k, v, mask, p, is_causal, scale, groups: partial(
+            attention_of_groups, q, k, v, mask, p or 0.0, bool(is_causal), scale, groups
+        ),
     )
 )
 

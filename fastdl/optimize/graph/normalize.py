@@ -43,6 +43,9 @@ _FIXED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_TRANSPOSES = ("transpose", "swapaxes", "swapdims")
+
+
 class Call(NamedTuple):
     """A call under torch's name, every argument by name, defaults filled in."""
 
@@ -61,6 +64,8 @@ class Calls(dict[Node, Call | None]):
 
 
 def normalize(node: Node) -> Call | None:
+    if node.target is getattr and node.args[1] in ("T", "mT"):
+        return _transpose(node.args[0], -2, -1)
     name, signatures = _callee(node)
     if not name:
         return None
@@ -82,7 +87,20 @@ def normalize(node: Node) -> Call | None:
     if op in _FIXED:
         op, fixed = _FIXED[op]
         arguments, defaults = _bind(_aten_signatures(op), (), {**arguments, **fixed})
-    return Call(op, map_aggregate(arguments, constant), defaults, inplace)
+    arguments = map_aggregate(arguments, constant)
+    if op in _TRANSPOSES and not inplace:
+        return _transpose(*arguments.values())
+    return Call(op, arguments, defaults, inplace)
+
+
+def _transpose(x: Any, *dims: Any) -> Call | None:
+    """Dimensions in order and from the last, where their number is known."""
+    rank = getattr(value(x), "ndim", None) if isinstance(x, Node) else None
+    if rank is not None and all(isinstance(dim, int) for dim in dims):
+        dims = tuple(sorted(dim - rank if dim >= 0 else dim for dim in dims))
+    return Call(
+        "transpose", dict(zip(("input", "dim0", "dim1"), (x, *dims), strict=True)), {}, False
+    )
 
 
 def value(node: Node) -> Any:

@@ -1,6 +1,7 @@
 """Graphs without calls that compute nothing, and with linear layers where products are written."""
 
 import contextlib
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -24,11 +25,14 @@ _VIEWS = frozenset(
     {"view", "reshape", "flatten", "unflatten", "expand", "expand_as", "view_as", "squeeze"}
 )
 
-_TRANSPOSES = frozenset({"t", "transpose", "permute", "swapaxes", "swapdims"})
+_TRANSPOSES = frozenset({"t", "transpose", "permute"})
 
 
 _PRODUCTS = frozenset({"addmm", "matmul", "mm", "linear"})
-_REPLACED = _RETURNS_INPUT | _VIEWS | _TRANSPOSES | _PRODUCTS | {"mul", "div", "add"}
+_REPLACED = (
+    _RETURNS_INPUT | _VIEWS | _TRANSPOSES | _PRODUCTS
+    | {"mul", "div", "add", "getitem", "unsqueeze"}
+)  # fmt: skip
 
 
 def tidy(graph: Graph) -> None:
@@ -36,7 +40,7 @@ def tidy(graph: Graph) -> None:
     writes = [written(node, Calls()) for node in graph.nodes]
     # from the last to the first: what a call returned is told by the memory of its input
     _apply((_nothing, partial(_times_one, writes=writes)), list(reversed(graph.nodes)))
-    _apply((_product, _bias), list(graph.nodes))
+    _apply((_product, _bias, _repeat), list(graph.nodes))
     clean(graph)
 
 
@@ -160,12 +164,9 @@ def _is_matrix_of_parameters(node: Node) -> bool:
 def _transposed(node: Node) -> Node | None:
     """The matrix that a node is the transpose of."""
     call = normalize(node)
-    if call is not None and call.op in _TRANSPOSES:
-        source = call.arguments.get("input")
-    elif node.target is getattr and node.args[1] in ("T", "mT"):
-        source = node.args[0]
-    else:
+    if call is None or call.op not in _TRANSPOSES:
         return None
+    source = call.arguments.get("input")
     if not isinstance(source, Node) or value(source).dim() != 2:
         return None
     return None if _is_all_of(value(node), value(source)) else source
@@ -187,6 +188,41 @@ def _of_rows(node: Node, rows: Node, w: Node, bias: Node) -> Node | None:
     new = _linear(node, x, w, bias, value(users[0]))
     users[0].replace_all_uses_with(new)
     return new
+
+
+def _repeat(node: Node, call: Call) -> Node | None:
+    """repeat_interleave of heads, for x[:, :, None].expand(b, h, n, s, d).reshape(b, h n, s, d)."""
+    expanded = call.arguments.get("input")
+    if call.op != "reshape" or not isinstance(expanded, Node) or value(expanded).dim() != 5:
+        return None
+    inner = normalize(expanded)
+    one = inner.arguments.get("input") if inner is not None and inner.op == "expand" else None
+    x = one.args[0] if isinstance(one, Node) and one.op != "placeholder" and one.args else None
+    if not isinstance(one, Node) or not isinstance(x, Node) or not _is_at_two(one):
+        return None
+    b, h, s, d = value(x).shape
+    groups = value(expanded).shape[2]
+    shapes = value(expanded).shape, (b, h, groups, s, d), value(node).shape, (b, h * groups, s, d)
+    if not isinstance(groups, int) or value(node).dim() != 4:
+        return None
+    if not all(_equal(m, n) for i in (0, 2) for m, n in zip(*shapes[i : i + 2], strict=True)):
+        return None
+    return _insert(node, value(node), torch.repeat_interleave, x, groups, 1)
+
+
+def _is_at_two(node: Node) -> bool:
+    """Whether the node is x[:, :, None, :, :] or x.unsqueeze(2) of four dimensions."""
+    call, everything = normalize(node), slice(None)
+    if call is None or not isinstance(node.args[0], Node):
+        return False
+    x = value(node.args[0])
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return False
+    if call.op == "unsqueeze":
+        return call.arguments["dim"] in (2, -3)
+    index = node.args[1] if node.target is operator.getitem else ()
+    wanted = (everything, everything, None, everything, everything)
+    return isinstance(index, tuple) and len(index) > 2 and index == wanted[: len(index)]
 
 
 def _linear(node: Node, x: Node, w: Node, bias: Node | None, result: Any) -> Node:
