@@ -13,6 +13,7 @@ from .ops import (  # noqa: F401 - these fill the list of what people write
     conv_spellings as _conv_spellings,
     cross_entropy_spellings as _cross_entropy_spellings,
     glu_spellings as _glu_spellings,
+    rnn_spellings as _rnn_spellings,
     softmax_spellings as _softmax_spellings,
 )
 from .ops.activation import activation as activation, dropout as dropout

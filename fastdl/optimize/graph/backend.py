@@ -5,11 +5,15 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from ...nn.rnn import let_dynamo_enter
 from ..report import Site
 from .options import Options, parse
 from .rewrite import Choice, rewrite
 
 _last: tuple[Site, ...] = ()
+
+# else a model with an LSTM has no graph at all
+let_dynamo_enter()
 
 
 def backend(

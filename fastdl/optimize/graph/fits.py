@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ...ops._route import policy
 from .hazards import autocast_at, nodes_in
@@ -86,7 +87,7 @@ def _where(node: Node) -> Iterator[None]:
     What an op accepts and returns does not depend on who computes.
     """
     with contextlib.ExitStack() as stack:
-        if (fake := getattr(value(node), "fake_mode", None)) is not None:
+        if (fake := getattr(tree_leaves(value(node))[0], "fake_mode", None)) is not None:
             stack.enter_context(fake)
             if fake.shape_env is not None:
                 stack.enter_context(fake.shape_env.suppress_guards())
@@ -105,13 +106,15 @@ def _differs(fused: "partial[Any]", wanted: list[Tensor]) -> str | None:
             results = form()
         except Exception as error:
             return f"{fused.func.__name__} does not take these arguments: {error}"
-        results = results if isinstance(results, tuple) else (results,)
-        if not all(map(_alike, results, wanted)):
+        pairs = itertools.zip_longest(tree_leaves(results), tree_leaves(wanted))
+        if not all(itertools.starmap(_alike, pairs)):
             return "an operand changes the shape or dtype of the result"
     return None
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _alike(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return False
     return (
         (a.dtype, a.device, a.dim()) == (b.dtype, b.device, b.dim())
         and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))

@@ -142,7 +142,7 @@ class Hazards:
     def _written_after(self, match: Match) -> str | None:
         """A fused op may save for backward what its parts did not."""
         kept = [value(n) for n in (*self._bound(match), *match.outputs)]
-        if not any(value(n).requires_grad for n in match.outputs):
+        if not any(y.requires_grad for n in match.outputs for y in tree_leaves(value(n))):
             return None
         memory = storages(kept)
         for node, targets in self._writes:
