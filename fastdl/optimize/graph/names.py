@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def _without_frame(text: str) -> str:
 def source_of(node: Node) -> str | None:
     """The user's line that made the call: "model.py:12  h = self.fc(x)"."""
     lines = (node.meta.get("stack_trace") or "").splitlines()
-    found = ((_FRAME.match(line), text) for line, text in zip(lines, [*lines[1:], ""], strict=True))
+    found = ((_FRAME.match(line), text) for line, text in pairwise([*lines, ""]))
     return frame_of((frame["file"], frame["line"], text) for frame, text in found if frame)
 
 
