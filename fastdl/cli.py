@@ -210,6 +210,11 @@ def _add_plan(commands: Any) -> None:
         "model with its example inputs, and then each site is tried on them")  # fmt: skip
     parser.add_argument("--meta", action="store_true",
         help="make the model on the meta device: large ones take no memory")  # fmt: skip
+    parser.add_argument("--engine", choices=("modules", "graph"), default="modules",
+        help="graph: what torch.compile(model, backend='fastdl') would replace, with lines of "
+        "source; default: modules")  # fmt: skip
+    parser.add_argument("--dump", action="store_true",
+        help="of --engine graph: also print the graphs before and after")  # fmt: skip
     parser.add_argument("--optimize", action="store_true",
         help="also do it, verify outputs and gradients, and show the report")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from .report import Site, worst
-from .tree import Node
+from .tree import Node, names
 
 
 class Line(NamedTuple):
@@ -35,9 +35,12 @@ class Line(NamedTuple):
 def folded(root: Node, groups: Mapping[str, Sequence[Site]]) -> Line:
     """The line of the model, with all others in it."""
     sites: dict[str, list[tuple[str, Site]]] = {}
+    known = set(names(root))
     for title, members in groups.items():
         for site in members:
-            sites.setdefault(site.name, []).append((title, site))
+            name = site.name if site.name in known else site.name.partition(" (")[0]
+            # a call that a graph makes in no module of the tree is the model's own
+            sites.setdefault(name if name in known else "", []).append((title, site))
     folder = _Folder(sites)
     folder.note(root)
     return folder.line([root], "", 1)

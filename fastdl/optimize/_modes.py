@@ -44,6 +44,8 @@ class Float64(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.amp.autocast_mode._enter_autocast:
+            return func(*args)  # it takes no float64, and leaves what is float64 alone
         func = _CASTS.get(func, func)
         args, kwargs = tree_map(_widened_dtype, (args, kwargs or {}))
         if func in _GROUPED:

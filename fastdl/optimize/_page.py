@@ -8,6 +8,7 @@ from itertools import takewhile
 from .._env import env
 from ._folded import Line, folded
 from ._style import CSS, JS
+from .compiled import Compiled
 from .report import Plan, Site, Story, alike
 from .speed import Speed
 from .tree import Node
@@ -36,6 +37,7 @@ def page(story: Story) -> str:
         _cards(story, "button"),
         _verdict(story),
         _speed(story.speed),
+        _compiled(story.compiled),
         f"<h2>The model</h2>{FILTER}{_tree(story)}",
         _reasons(story),
         _proof(story.proof),
@@ -118,6 +120,13 @@ def _speed(speed: Speed | None) -> str:
         '<p class="dim">Medians of calls in turn, before and after, launches included; memory at '
         "its peak on top of the model.</p>"
     )
+
+
+def _compiled(compiled: Compiled | None) -> str:
+    if compiled is None:
+        return ""
+    lines = "".join(f"<p>{escape(line)}</p>" for line in str(compiled).splitlines())
+    return f"<h2>The graphs</h2>{lines}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], style: str = "") -> str:
@@ -236,7 +245,8 @@ def _op(line: Line) -> str:
     for title, site in line.sites:
         pattern = f" {escape(site.pattern)} as" if " + " in site.pattern else ""
         route = f' <span class="dim">· {escape(site.route)}</span>' if site.route else ""
-        words.append(f'<span class="mark">{title}</span>{pattern} {escape(site.op)}{route}')
+        source = f'<br><code class="dim">{escape(site.source)}</code>' if site.source else ""
+        words.append(f'<span class="mark">{title}</span>{pattern} {escape(site.op)}{route}{source}')
     if line.part_of:
         words.append(escape(line.part_of[1]))
     if line.first.same_as is not None:

@@ -1,5 +1,6 @@
 """Put fastdl's modules into a model, with a plan before and a report after, and take them out."""
 
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ Selector = Sequence[str | type]
 
 LEFT_OUT = "left out by include or exclude"
 ALREADY = "it is fastdl's already"
+ENGINES = ("modules", "graph")
 
 
 class VerificationError(RuntimeError):
@@ -71,11 +73,23 @@ class _Entry(NamedTuple):
         return self.chosen and self.finding.target is not None and self.finding.reason is None
 
 
-def plan(model: nn.Module, example_inputs: Any = None) -> Plan:
+def plan(model: nn.Module, example_inputs: Any = None, *, engine: str = "modules") -> Plan:
     """What `optimize` would replace in a model, and why it would leave the rest.
 
-    With `example_inputs`, each site is also run in both forms on what it is called with.
+    With `example_inputs`, each site is also run in both forms on what it is called with. With
+    `engine="graph"`, which needs them, the sites are those of `torch.compile(model,
+    backend="fastdl")`, each with the line of source that it comes from.
     """
+    if engine not in ENGINES:
+        raise ValueError(f"plan: engine is {engine!r}, allowed are {' and '.join(ENGINES)}")
+    if engine == "graph":
+        if example_inputs is None:
+            raise ValueError(
+                "plan: engine='graph' needs example_inputs: a model's graphs are told by a call"
+            )
+        from .graph.capture import plan_graphs
+
+        return plan_graphs(model, example_inputs)
     matches = _survey(model)
     if example_inputs is not None:
         _replay(model, matches, example_inputs)
@@ -137,7 +151,14 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
     """What `optimize` did to a model. For a copy of it, what the classes of its modules tell.
 
     With `example_inputs`, on a GPU, time and memory of the original and of the model are measured.
+    For a model compiled with the backend "fastdl", what became of its graphs.
     """
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled
+        from .graph.record import is_compiled, report_of
+
+        of_graphs = report_of(model) if is_compiled(model) else None
+        if of_graphs is not None:
+            return of_graphs
     known = _reports.get(model)
     found = known if known is not None else _report_of(model, _survey(model), None)
     if example_inputs is not None:

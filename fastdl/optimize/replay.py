@@ -74,6 +74,13 @@ def _judged(
         swap(module, target)
     if getattr(classes[0], "gives_less", False):
         before, after = _First(before), _First(after)
+    return judged(before, after, args, kwargs)
+
+
+def judged(
+    before: nn.Module, after: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Outcome:
+    """Run copies of both forms of a site on copies of what it is called with."""
     try:
         with no_trace():
             proof = Reference(before, args, kwargs).compare(copied(after))

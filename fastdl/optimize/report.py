@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .._table import lines as table
+from .compiled import Compiled
 from .speed import Speed
 from .tree import Tree
 from .verify import Proof
 
-HEAD = ("name", "pattern", "op", "route", "before", "after", "reason")
+HEAD = ("name", "pattern", "op", "route", "before", "after", "reason", "source")
 
 
 class Site(NamedTuple):
@@ -40,6 +41,7 @@ class Story:
     tree: Tree
     proof: Proof | None = None
     speed: Speed | None = None
+    compiled: Compiled | None = None
 
     @property
     def groups(self) -> dict[str, list[Site]]:
@@ -62,10 +64,12 @@ class Story:
 
 
 class Plan(Story):
-    """The sites of a model: those with a reason would stay as they are."""
+    """The sites of a model: those with a reason would stay as they are. `dump` is the text of its
+    graphs before and after, of the graph engine.
+    """
 
-    def __init__(self, sites: Sequence[Site], tree: Tree) -> None:
-        self.sites, self.tree = tuple(sites), tree
+    def __init__(self, sites: Sequence[Site], tree: Tree, dump: str = "") -> None:
+        self.sites, self.tree, self.dump = tuple(sites), tree, dump
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -99,6 +103,7 @@ class Report(Story):
     rolled_back: list[Site] = field(default_factory=list)
     proof: Proof | None = None
     speed: Speed | None = None
+    compiled: Compiled | None = None
 
     @property
     def groups(self) -> dict[str, list[Site]]:
@@ -111,6 +116,8 @@ class Report(Story):
             lines.append(f"proof: {self.proof}")
         if self.speed is not None:
             lines.append(str(self.speed))
+        if self.compiled is not None:
+            lines.append(str(self.compiled))
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -119,7 +126,9 @@ class Report(Story):
             for name in ("replaced", "skipped", "rolled_back")
         }
         proof = self.proof and self.proof.as_dict()
-        return json.dumps({**groups, "proof": proof, "speed": self.speed and self.speed.as_dict()})
+        speed = self.speed and self.speed.as_dict()
+        compiled = self.compiled and self.compiled.as_dict()
+        return json.dumps({**groups, "proof": proof, "speed": speed, "compiled": compiled})
 
 
 def alike(sites: Iterable[Site]) -> dict[Site, list[Site]]:
@@ -128,15 +137,23 @@ def alike(sites: Iterable[Site]) -> dict[Site, list[Site]]:
     """
     found: dict[Site, list[Site]] = {}
     for site in sites:
-        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", site.name)
-        found.setdefault(Site(name, *site[1:5]), []).append(site)
+        # a call in a graph is named "layers.0.norm (rms_norm_1)"
+        module, *call = site.name.split(" ")
+        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", module)
+        told = re.sub(r"_\d+\)", ")", "".join(call))
+        key = Site(f"{name} {told}", *site[1:5], source=site.source)
+        found.setdefault(key, []).append(site)
     return {worst(same)._replace(name=_name_of_all(same)): same for same in found.values()}
 
 
 def _name_of_all(sites: Sequence[Site]) -> str:
     """Their name, with a * for what differs."""
-    parts = zip(*(site.name.split(".") for site in sites), strict=True)
-    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
+    if len(sites) == 1:
+        return sites[0].name
+    modules, calls = zip(*(site.name.partition(" ")[::2] for site in sites), strict=True)
+    parts = zip(*(module.split(".") for module in modules), strict=True)
+    name = ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
+    return f"{name} {re.sub(r'_[0-9]+[)]', ')', calls[0])}".rstrip()
 
 
 def worst(sites: Sequence[Site]) -> Site:
@@ -166,4 +183,12 @@ def columns(sites: Iterable[Site]) -> tuple[list[str], list[list[str]]]:
 def _cells(site: Site) -> tuple[str, ...]:
     errors = ("" if e is None else f"{e:.1e}" for e in (site.before, site.after))
     name = site.name or "(the model)"
-    return name, site.pattern, site.op, site.route or "", *errors, site.reason or ""
+    return (
+        name,
+        site.pattern,
+        site.op,
+        site.route or "",
+        *errors,
+        site.reason or "",
+        site.source or "",
+    )

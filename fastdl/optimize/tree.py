@@ -1,5 +1,6 @@
 """A model's modules as names, classes and counts: what a page draws after the model is gone."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,13 @@ class Tree(NamedTuple):
     root: Node
     dtypes: tuple[str, ...]
     devices: tuple[str, ...]
+
+
+def names(node: Node) -> Iterator[str]:
+    """The full names of a module and of those in it."""
+    yield node.name
+    for child in node.children:
+        yield from names(child)
 
 
 def tree_of(model: nn.Module) -> Tree:

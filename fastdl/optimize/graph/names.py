@@ -2,10 +2,15 @@
 
 import os
 import re
+from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.fx import Node
+
+# Where a fused call notes the names of the nodes that it stands for.
+REPLACES = "fastdl_replaces"
 
 # Code of torch's own is no line of the user's.
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -54,11 +59,15 @@ def _without_frame(text: str) -> str:
 def source_of(node: Node) -> str | None:
     """The user's line that made the call: "model.py:12  h = self.fc(x)"."""
     lines = (node.meta.get("stack_trace") or "").splitlines()
-    for index in reversed(range(len(lines))):
-        frame = _FRAME.match(lines[index])
-        if frame is not None and not frame["file"].startswith(_TORCH):
-            text = lines[index + 1].strip() if index + 1 < len(lines) else ""
-            return f"{short(frame['file'])}:{frame['line']}  {text}".rstrip()
+    found = ((_FRAME.match(line), text) for line, text in pairwise([*lines, ""]))
+    return frame_of((frame["file"], frame["line"], text) for frame, text in found if frame)
+
+
+def frame_of(frames: Iterable[tuple[str, Any, str]]) -> str | None:
+    """The innermost of these files, lines and texts that is not in torch."""
+    for file, line, text in reversed(list(frames)):
+        if not file.startswith(_TORCH):
+            return f"{short(file)}:{line}  {text.strip()}".rstrip()
     return None
 
 

@@ -17,10 +17,13 @@ from ..report import Site
 from .fits import Fits, mistyped
 from .hazards import Hazards
 from .match import Match, Pattern, matches, patterns_by_op
-from .names import site_name, source_of
+from .names import REPLACES, site_name, source_of
 from .normalize import Calls, lineage, value
 from .pair import Key, Pair, pair_of
 from .tidy import clean, tidy
+
+# What torch.utils.checkpoint is in a graph.
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 @dataclass
@@ -28,18 +31,21 @@ class Choice:
     """Which sites may be replaced, and who wants to see them.
 
     `known` is what was found out about single sites: one with a fault stays, so that a smaller one
-    may take its place. Of `ops` and `only`, None allows all ops and all sites. `path` is the name
-    of the module whose code the graph is, and `keep` is given both forms of each replaced site.
+    may take its place. With `only_known`, no other site is touched. Of `ops`, None allows all.
+    `path` is the name of the module whose code the graph is, and `keep` is given both forms of each
+    replaced site.
     """
 
     known: Mapping[Key, Outcome] = field(default_factory=dict)
     ops: Collection[str] | None = None
-    only: Collection[Key] | None = None
+    only_known: bool = False
     path: str = ""
     keep: Callable[[Pair], None] | None = None
 
     def wants(self, op: str, key: Key) -> bool:
-        return (self.ops is None or op in self.ops) and (self.only is None or key in self.only)
+        if self.only_known and key not in self.known:
+            return False
+        return self.ops is None or op in self.ops
 
     def outcome(self, key: Key) -> Outcome:
         return self.known.get(key, Outcome())
@@ -69,9 +75,7 @@ def parts(gm: GraphModule, name: str = "") -> Iterator[tuple[GraphModule, str]]:
     bodies are those of closed ops.
     """
     yield gm, name
-    for node in gm.graph.find_nodes(
-        op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint
-    ):
+    for node in gm.graph.find_nodes(op="call_function", target=CHECKPOINT):
         body = getattr(gm, str(node.args[0].target), None)
         if isinstance(body, GraphModule):
             yield from parts(body, f"{name}{node.args[0].target}.")
@@ -137,6 +141,7 @@ def _replace(match: Match, fused: "partial[Any]") -> None:
             count = range(len(match.outputs))
             outputs = [graph.call_function(operator.getitem, (new, i)) for i in count]
     _describe(new, match.last, tuple(value(n) for n in match.outputs))
+    new.meta[REPLACES] = [node.name for node in sorted(match.nodes)]
     for old, output in zip(match.outputs, outputs, strict=True):
         _describe(output, old, value(old))
         old.replace_all_uses_with(output)

@@ -1,0 +1,121 @@
+"""What was done to the graphs of each compiled module, for as long as it lives."""
+
+import sys
+import time
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.fx import GraphModule
+
+from ..compiled import Break, Compiled, Graph
+from ..report import Report, Site
+from ..tree import tree_of
+from .names import frame_of
+
+
+class Place(NamedTuple):
+    """The module that the user compiled, and the path in it of the one whose code this is."""
+
+    root: nn.Module | None
+    path: str
+
+
+@dataclass
+class Record:
+    """One graph, and what became of its sites. It holds no tensor."""
+
+    sites: tuple[Site, ...]
+    rolled_back: frozenset[Site]
+    graph: Graph
+    compile_id: str
+    at: float = field(default_factory=time.time)
+
+
+_records: "weakref.WeakKeyDictionary[nn.Module, list[Record]]" = weakref.WeakKeyDictionary()
+
+
+def keep(root: nn.Module | None, record: Record) -> None:
+    if root is None:
+        return
+    records = _records.setdefault(root, [])
+    # Dynamo counts from the start when it compiles once more, or all anew
+    for index, old in enumerate(records):
+        if old.compile_id == record.compile_id:
+            del records[index:]
+            break
+    records.append(record)
+
+
+def place() -> Place:
+    """Whose call is being compiled. Dynamo compiles while the call waits, so that it stands on the
+    stack, whatever function of it is compiled and after whatever graph break.
+    """
+    frame, owner = sys._getframe(), None
+    while frame is not None:
+        if frame.f_code is nn.Module._wrapped_call_impl.__code__:
+            module = frame.f_locals["self"]
+            owner = module if owner is None else owner
+            if is_compiled(module):
+                root = _plain(module)
+                return Place(root, _path(root, _plain(owner)))
+        frame = frame.f_back  # type: ignore[assignment]
+    return Place(None, "")
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile made the module, or it was compiled in place."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    return getattr(module, "_orig_mod", module)
+
+
+def _path(root: nn.Module, module: nn.Module) -> str:
+    return next((name for name, child in root.named_modules() if child is module), "")
+
+
+def ended_by(gm: GraphModule) -> Break | None:
+    """The graph break at the end of a graph, if there is one."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    frame = frame_of((f.filename, f.lineno, f.line or "") for f in reason.user_stack)
+    return Break(frame or "unknown", str(reason.reason).strip().splitlines()[0])
+
+
+def compile_id(gm: GraphModule) -> str:
+    return str(gm.meta.get("dynamo_compile_id"))
+
+
+def report_of(model: nn.Module) -> Report | None:
+    """The report of a compiled model, or None if the backend has not seen a graph of it."""
+    records = [record for module in model.modules() for record in _records.get(module, ())]
+    if not records:
+        return None
+    report = Report(tree_of(_plain(model)))
+    for record in records:
+        for site in record.sites:
+            if site in record.rolled_back:
+                report.rolled_back.append(site)
+            else:
+                (report.skipped if site.reason else report.replaced).append(site)
+    report.compiled = Compiled([_timed(record) for record in records])
+    return report
+
+
+def _timed(record: Record) -> Graph:
+    """With the seconds of the whole compilation, which Dynamo knows when it is over."""
+    from torch._dynamo.utils import get_compilation_metrics
+
+    for metrics in reversed(get_compilation_metrics()):
+        begun, over = _seconds(metrics, "start_time_us"), _seconds(metrics, "end_time_us")
+        if metrics.compile_id == record.compile_id and begun <= record.at <= over:
+            return record.graph._replace(whole_s=over - begun)
+    return record.graph
+
+
+def _seconds(metrics: Any, name: str) -> float:
+    return (getattr(metrics, name, None) or 0) / 1e6
