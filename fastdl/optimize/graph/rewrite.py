@@ -19,6 +19,7 @@ from ..report import Site
 from .hazards import Hazards, autocast_at, nodes_in
 from .match import Match, Pattern, matches, patterns_by_op
 from .normalize import Calls, clean, value
+from .siblings import join
 
 # Arguments that an op adds at its ends: none of them may change the shape or dtype of the result.
 _ADDED = ("residual", "scale", "shift")
@@ -47,6 +48,8 @@ def _rewrite(gm: GraphModule) -> list[Site]:
     found = []
     for node in reversed(list(gm.graph.nodes)):
         if not node._erased:
+            # whatever reads this node has been fused by now
+            found += join(node, partial(_attempt, hazards))
             found += _fuse(node, patterns, calls, hazards)
     clean(gm.graph)
     gm.graph.lint()
@@ -62,15 +65,21 @@ def _fuse(
     call = calls[node]
     for pattern in patterns.get(call.op, ()) if call is not None else ():
         for match in matches(pattern, node, calls):
-            fused = match.call()
-            reason = _mistyped(fused) or hazards.reason(match) or _differs(fused, match)
-            site = Site(_name(node), str(pattern), fused.func.__name__, reason)
-            if reason is None:
-                _replace(match, fused)
+            site = _attempt(hazards, match)
+            if site.reason is None:
                 larger = [old for size, old in refused.items() if size > len(match.nodes)]
                 return [site, *larger[:1]]
             refused.setdefault(len(match.nodes), site)
     return list(refused.values())[:1]
+
+
+def _attempt(hazards: Hazards, match: Match) -> Site:
+    """Replace the match unless something speaks against it."""
+    fused, name = match.call(), _name(match.outputs[0])
+    reason = _mistyped(fused) or hazards.reason(match) or _differs(fused, match)
+    if reason is None:
+        _replace(match, fused)
+    return Site(name, match.text, fused.func.__name__, reason)
 
 
 def _name(node: Node) -> str:
@@ -139,19 +148,21 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _replace(match: Match, fused: "partial[Any]") -> None:
-    graph: Graph = match.last.graph
-    with graph.inserting_before(match.last):
+    graph: Graph = match.place.graph
+    with graph.inserting_before(match.place):
         new = graph.call_function(fused.func, fused.args, fused.keywords)
         outputs = [new]
         if len(match.outputs) > 1:
             count = range(len(match.outputs))
             outputs = [graph.call_function(operator.getitem, (new, i)) for i in count]
-    _describe(new, match.last, tuple(value(n) for n in match.outputs))
+    _describe(new, match.place, tuple(value(n) for n in match.outputs))
     for old, output in zip(match.outputs, outputs, strict=True):
         _describe(output, old, value(old))
         old.replace_all_uses_with(output)
     for node in sorted(match.nodes, reverse=True):
         graph.erase_node(node)
+    for old, output in zip(match.outputs, outputs, strict=True):
+        output.name = old.name  # what was found in the original graph keeps its name
 
 
 def _describe(new: Node, old: Node, result: Any) -> None:
