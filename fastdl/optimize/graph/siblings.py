@@ -17,7 +17,6 @@ from torch.fx import Node
 from ...ops.linear import linear
 from ...ops.linears import MOST, linears
 from ..report import Site
-from .hazards import nodes_in
 from .match import Match
 
 _PRODUCTS = ("linear", "matmul", "mm", "einsum", "conv", "attention", "attn")
@@ -29,11 +28,14 @@ class Siblings(Match):
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = self.outputs = list(nodes)
         self.place, self.last = nodes[0], nodes[-1]
-        self.text = " | ".join("linear" for _ in nodes)
         inputs, weights, biases = zip(*(node.args for node in nodes), strict=True)
         self.bindings = {"input": inputs[0], "weights": list(weights)}
         if any(bias is not None for bias in biases):
             self.bindings["biases"] = list(biases)
+
+    @property
+    def text(self) -> str:
+        return " | ".join("linear" for _ in self.nodes)
 
     def call(self) -> "partial[Any]":
         return partial(linears, *self.bindings.values())
@@ -89,7 +91,6 @@ def _try(group: list[Node], attempt: Callable[[Match], Site]) -> list[Site]:
     """Where the whole group must not be joined, perhaps a smaller one may."""
     if len(group) < 2:
         return []
-    _read_first(group)
     site = attempt(Siblings(group))
     if site.reason is None:
         return [site]
@@ -97,10 +98,3 @@ def _try(group: list[Node], attempt: Callable[[Match], Site]) -> list[Site]:
         if (less := attempt(Siblings(smaller))).reason is None:
             return [less, site]
     return [site]
-
-
-def _read_first(group: list[Node]) -> None:
-    """Tensors that the graph itself holds can be read before the first call."""
-    for node in nodes_in([call.args for call in group]):
-        if node.op == "get_attr" and group[0] < node:
-            group[0].prepend(node)
