@@ -1,6 +1,6 @@
 """What users write without us, and what else torch has for it: the contenders of the timings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,13 @@ def torch_linear(
 ) -> Tensor:  # fmt: skip
     y = activated(F.linear(input, weight, bias), activation, dropout_p, training)
     return y if residual is None else y + residual
+
+
+def torch_linears(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None
+) -> tuple[Tensor, ...]:
+    biases = [None] * len(weights) if biases is None else biases
+    return tuple(F.linear(input, w, b) for w, b in zip(weights, biases, strict=True))
 
 
 def torch_layer_norm(
@@ -232,6 +239,7 @@ def torch_layer_norm_lstm(
 # What a user writes without us.
 TORCH: dict[Any, Form] = {
     FF.linear: torch_linear,
+    FF.linears: torch_linears,
     FF.layer_norm: torch_layer_norm,
     FF.rms_norm: torch_rms_norm,
     FF.group_norm: torch_group_norm,

@@ -59,6 +59,7 @@ from .ops.instancenorm import instance_norm as instance_norm
 from .ops.layernorm import layer_norm as layer_norm
 from .ops.linear import linear as linear
 from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .ops.linears import linears as linears
 from .ops.loss_functions import (
     binary_cross_entropy_with_logits as binary_cross_entropy_with_logits,
     huber_loss as huber_loss,

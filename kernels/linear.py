@@ -43,18 +43,12 @@ def epilogue(
 
 
 @triton.jit
-def linear_fwd(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr, partial_ptr,
-    M, N, K, x_row, w_row, a, b, p,
-    ACT: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    SWAP: tl.constexpr,
+def product(
+    x_ptr, weight_ptr, rows, cols, part, M, N, K, x_row, w_row,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of y and slice of K. Of several slices each leaves an fp32 sum."""
-    block_m, block_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
-    part = tl.program_id(1)
-    rows = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """A tile of x @ weight.T over one slice of K."""
     ks = part.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     step = tl.num_programs(1).to(tl.int64) * BLOCK_K
 
@@ -74,8 +68,27 @@ def linear_fwd(
         w_ptrs += step
         ks += step
 
-    if SWAP:
-        acc = acc.T
+    return acc.T if SWAP else acc
+
+
+@triton.jit
+def linear_fwd(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr, partial_ptr,
+    M, N, K, x_row, w_row, a, b, p,
+    ACT: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SWAP: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of y and slice of K. Of several slices each leaves an fp32 sum."""
+    block_m, block_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+    part = tl.program_id(1)
+    rows = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    acc = product(
+        x_ptr, weight_ptr, rows, cols, part, M, N, K, x_row, w_row,
+        PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
+    )  # fmt: skip
     if partial_ptr is not None:
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         tl.store(
@@ -93,6 +106,20 @@ def linear_fwd(
 
 
 @triton.jit
+def product_of_descriptors(
+    x_desc, weight_desc, block_m, block_n, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of x @ weight.T through tensor descriptors."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = x_desc.load([block_m * BLOCK_M, k])
+        w = weight_desc.load([block_n * BLOCK_N, k])
+        acc = tl.dot(x, w.T, acc)
+    return acc
+
+
+@triton.jit
 def linear_persistent(
     x_desc, weight_desc, scale_ptr, bias_ptr, residual_ptr, seed_ptr, y_ptr, z_ptr,
     M, N, K, a, b, p,
@@ -103,11 +130,9 @@ def linear_persistent(
     n_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         block_m, block_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k in range(0, K, BLOCK_K):
-            x = x_desc.load([block_m * BLOCK_M, k])
-            w = weight_desc.load([block_n * BLOCK_N, k])
-            acc = tl.dot(x, w.T, acc)
+        acc = product_of_descriptors(
+            x_desc, weight_desc, block_m, block_n, K, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         rows = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         first_col = block_n.to(tl.int64) * BLOCK_N
         # by quarters: bias and activation of a whole tile do not fit in registers beside it

@@ -65,13 +65,16 @@ def test_contract_case_comes_back(spec, case):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_linear_comes_back(activation):
-    x, w, b, r = tensors((5, 8), (6, 8), (6,), (5, 6))
+    w, b, r, *inputs = tensors((6, 8), (6,), (5, 6), *[(5, 8)] * 4)
     combinations = list(itertools.product((None, b), (None, r)))
     compiled = Compiled(
-        lambda x: [FF.linear(x, w, b, activation=activation, residual=r) for b, r in combinations]
+        lambda *inputs: [
+            FF.linear(x, w, b, activation=activation, residual=r)
+            for x, (b, r) in zip(inputs, combinations, strict=True)
+        ]
     )
     with fastdl.policy("definition"):
-        compiled(x)
+        compiled(*inputs)
     assert compiled.calls == ["linear"] * 4
     for call, (bias, residual) in zip(compiled.fused, combinations, strict=True):
         assert call.target is FF.linear

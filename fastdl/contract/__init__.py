@@ -14,6 +14,7 @@ from . import (
     layernorm,
     linear,
     linear_cross_entropy,
+    linears,
     losses,
     nll_loss,
     rmsnorm,
@@ -34,6 +35,7 @@ SPECS: dict[str, Spec] = {
     spec.name: spec
     for spec in (
         linear.SPEC,
+        linears.SPEC,
         activation.SPEC,
         glu.SPEC,
         layernorm.SPEC,

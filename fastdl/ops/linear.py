@@ -68,16 +68,16 @@ def vendor(
 def _finish(
     z: Tensor, residual: Tensor | None, seed: Tensor | None, name: str, a: float, b: float, p: float
 ) -> Tensor:
-    y = dropout(apply_definition(z, name, a, b), seed, p, rows=_rows(z))
+    y = dropout(apply_definition(z, name, a, b), seed, p, rows=rows_of(z))
     return y if residual is None else y + residual
 
 
-def _rows(x: Tensor) -> int:
+def rows_of(x: Tensor) -> int:
     return math.prod(x.shape[:-1])  # numel() of a shape would fix it where it is symbolic
 
 
-def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(_rows(x), x.shape[-1])
+def matrix(x: Tensor) -> Tensor:
+    return x.reshape(rows_of(x), x.shape[-1])
 
 
 def choose(
@@ -171,7 +171,7 @@ def _tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _layout(*tensors: Tensor) -> Layout:
+def layout_of(*tensors: Tensor) -> Layout:
     """Whether rows lie in a line, and start at multiples of 16, which Triton looks for."""
     if any(t.stride(1) != 1 for t in tensors):
         return "strided"
@@ -204,9 +204,9 @@ def product(
     options: Any, keep: bool, how: Finish, scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op on rows, and what is kept for backward. `scale` is of the columns, before the bias."""
-    rows, N = _matrix(x), weight.shape[0]
+    rows, N = matrix(x), weight.shape[0]
     M, K = rows.shape
-    config = choose(M, N, K, x.dtype, device_of(x), _layout(rows, weight), how.tf32)
+    config = choose(M, N, K, x.dtype, device_of(x), layout_of(rows, weight), how.tf32)
     residual = None if residual is None else residual.contiguous()
     if config.variant == "gemm":
         return _forward_gemm(x, weight, bias, residual, seed, options, keep, how, scale)
@@ -231,7 +231,7 @@ def _forward_gemm(
     keeps = keep and how.inside and residual is not None
     bias = None if scale is None else bias
     tail = (scale, bias, residual, seed, y, z if keeps else None)
-    launch_finish(z, 1, tail, Extent(1, _rows(z), z.shape[-1]), options, how.inside)
+    launch_finish(z, 1, tail, Extent(1, rows_of(z), z.shape[-1]), options, how.inside)
     return y, z if keep else z.new_empty(0)
 
 
@@ -282,9 +282,12 @@ def _torch_forward(
 
 def _decline(x: Tensor, weight: Tensor, *args: Any) -> Reason | None:
     N, K = weight.shape
-    if N == 0 or K == 0:
-        return Reason.EMPTY
-    tuned = _tuned.lookup("linear", x.dtype, (_rows(x), N, K), device_of(x))
+    return Reason.EMPTY if N == 0 or K == 0 else measured(x, N)
+
+
+def measured(x: Tensor, N: int) -> Reason | None:
+    """Whether torch was measured faster at a product of x with N columns."""
+    tuned = _tuned.lookup("linear", x.dtype, (rows_of(x), N, x.shape[-1]), device_of(x))
     return Reason.MEASURED if tuned is not None and tuned.variant == "torch" else None
 
 
@@ -302,7 +305,7 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, seed: Tensor | None,
     name: str, a: float, b: float, p: float, needs: list[bool],
 ) -> Gradients:  # fmt: skip
-    x2, dy = _matrix(x), _matrix(dy)
+    x2, dy = matrix(x), matrix(dy)
     if name == "none" and seed is None:
         dz, dbias = dy, dy.sum(0) if needs[2] else None
     else:
@@ -386,7 +389,7 @@ def linear(
     options, module = lower("linear", activation)
     seed = seed_for(input, dropout_p, training)
     input, weight, bias = autocast_to_lower(input, weight, bias)
-    _check(input, weight, bias)
+    check("linear", input, weight, bias)
     if module is not None:
         y = module(OP(input, weight, bias, None, None, *options, 0.0))
         y = apply_activation(y, None, dropout_p=dropout_p, training=training)
@@ -402,15 +405,15 @@ def _adds_in_place(residual: Tensor, input: Tensor, weight: Tensor) -> bool:
     return residual.dtype == input.dtype and residual.shape == (*input.shape[:-1], weight.shape[0])
 
 
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         raise RuntimeError(
-            f"linear: input is {tuple(input.shape)}, weight is {tuple(weight.shape)};"
+            f"{op}: input is {tuple(input.shape)}, weight is {tuple(weight.shape)};"
             " allowed are input (..., in) and weight (out, in)"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise RuntimeError(
-            f"linear: weight is {tuple(weight.shape)}, bias is {tuple(bias.shape)};"
+            f"{op}: weight is {tuple(weight.shape)}, bias is {tuple(bias.shape)};"
             " allowed are weight (out, in) and bias (out,)"
         )
     for name, other in (("weight", weight), ("bias", bias)):
@@ -418,11 +421,11 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             continue
         if other.dtype != input.dtype:
             raise RuntimeError(
-                f"linear: input is {input.dtype}, {name} is {other.dtype}; they must match"
+                f"{op}: input is {input.dtype}, {name} is {other.dtype}; they must match"
             )
         if other.device != input.device:
             raise RuntimeError(
-                f"linear: input is on {input.device}, {name} on {other.device}; they must match"
+                f"{op}: input is on {input.device}, {name} on {other.device}; they must match"
             )
 
 

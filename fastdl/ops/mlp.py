@@ -10,6 +10,7 @@ from ._route import under_a_transform
 from .activation import Activations
 from .glu import glu
 from .linear import linear
+from .linears import linears
 
 
 def mlp(
@@ -73,11 +74,12 @@ def _gated_mlp(
     input: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, b_gate: Tensor | None,
     b_up: Tensor | None, b_down: Tensor | None, activation: Activations, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    gate = linear(input, w_gate, b_gate)
     if w_up is None:
-        hidden = glu(gate, activation=activation, gate_first=True)
+        joined = linear(input, w_gate, b_gate)
+        hidden = glu(joined, activation=activation, gate_first=True)
     else:
-        hidden = glu(linear(input, w_up, b_up), activation=activation, gate=gate)
+        gate, up = linears(input, (w_gate, w_up), (b_gate, b_up))
+        hidden = glu(up, activation=activation, gate=gate)
     return linear(hidden, w_down, b_down, residual=residual)
 
 

@@ -4,6 +4,7 @@ Dynamo's graphs are not functional, and a fused op reads later than its parts di
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,9 @@ _WRITES = {
     "batch_norm": ("running_mean", "running_var"),
     "instance_norm": ("running_mean", "running_var"),
 }
+
+# The package of the fused ops.
+_OURS = __name__.partition(".")[0]
 
 # They act on no tensor, and on nothing that a tensor depends on.
 _HARMLESS = frozenset({"_log_api_usage_once", "_check", "_assert", "_assert_scalar"})
@@ -82,11 +86,13 @@ class Hazards:
         for node in nodes_in(list(match.bindings.values())):
             if node in match.nodes:
                 return f"{node.name} is an argument of the fused call and a part of it"
+            if not node < match.place:
+                return f"{node.name} is computed after the first of these calls"
         for node in match.nodes:
             outside = [user for user in node.users if user not in match.nodes]
             if outside and node not in match.outputs:
                 return f"{node.name} is also used by {outside[0].name}"
-            if any(user < match.last for user in outside):
+            if any(user < match.place for user in outside):
                 return f"{node.name} is used before the last of these calls"
         return None
 
@@ -168,13 +174,23 @@ def written(node: Node, calls: Calls) -> list[Tensor] | None:
         return _written_by_body(node)
     if node.op == "call_function" and _is_foreign(node.target):
         return None
-    targets = _targets(node, calls)
+    targets = _statistics(node) if _root(node.target) == _OURS else _targets(node, calls)
     return [t for n in nodes_in(targets) for t in tree_leaves(value(n)) if isinstance(t, Tensor)]
 
 
+def _root(function: Any) -> str:
+    return (getattr(function, "__module__", None) or "builtins").partition(".")[0]
+
+
 def _is_foreign(function: Any) -> bool:
-    root = (getattr(function, "__module__", None) or "builtins").partition(".")[0]
-    return root not in ("torch", "_operator", "builtins", "math")
+    return _root(function) not in (_OURS, "torch", "_operator", "builtins", "math")
+
+
+def _statistics(node: Node) -> list[Any]:
+    """All that a fused op may write to: running statistics."""
+    assert callable(node.target)
+    given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+    return [given.get(name) for name in ("running_mean", "running_var", "norm")]
 
 
 def _targets(node: Node, calls: Calls) -> Any:

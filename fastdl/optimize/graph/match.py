@@ -77,14 +77,24 @@ def _is_fact(node: Node) -> bool:
 
 
 class Match:
-    """Where a pattern was found: for each of its nodes, what stands for it in the graph."""
+    """Where a pattern was found: for each of its nodes, what stands for it in the graph.
+
+    The fused call comes to its `place`.
+    """
 
     def __init__(self, pattern: Pattern, found: dict[Node, Any]) -> None:
         self.pattern = pattern
         self.nodes: list[Node] = list(dict.fromkeys(found[n] for n in pattern.ops))
         self.outputs: list[Node] = [found[n] for n in pattern.outputs]
-        self.last = max(self.nodes)
-        self.bindings = {name: found.get(n) for name, n in pattern.parameters.items()}
+        self.place = self.last = max(self.nodes)
+        self.bindings: dict[str, Any] = {
+            name: found.get(n) for name, n in pattern.parameters.items()
+        }
+
+    @property
+    def text(self) -> str:
+        """What is replaced."""
+        return str(self.pattern)
 
     def call(self) -> "partial[Any]":
         """The public op that computes the same."""

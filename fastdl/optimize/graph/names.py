@@ -18,6 +18,11 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+), in .*$')
 
 
+def origins(nodes: Iterable[Node]) -> list[str]:
+    """The names of calls in the graph as it was: those that a fused call replaces."""
+    return [name for node in nodes for name in node.meta.get(REPLACES, [node.name])]
+
+
 def site_name(node: Node, path: str = "") -> str:
     """The module that the call stands in and the call: "encoder.0.fc1 (linear)"."""
     stack = node.meta.get("nn_module_stack") or {}

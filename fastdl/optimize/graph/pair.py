@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from .hazards import nodes_in
+from .names import origins
 
 
 class Key(NamedTuple):
@@ -55,7 +56,7 @@ def pair_of(
 
     part = key.node[: key.node.rfind(".") + 1]
     forms = (GraphModule(nn.Module(), graph) for graph in (before, after))
-    return Pair(key, op, part + nodes[-1].name, tuple(part + n.name for n in inputs), *forms)
+    return Pair(key, op, part + origins(nodes)[-1], tuple(part + n.name for n in inputs), *forms)
 
 
 def _with_inputs(nodes: Sequence[Node]) -> tuple[Graph, dict[Node, Node]]:

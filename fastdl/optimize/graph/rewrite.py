@@ -17,9 +17,10 @@ from ..report import Site
 from .fits import Fits, mistyped
 from .hazards import Hazards
 from .match import Match, Pattern, matches, patterns_by_op
-from .names import REPLACES, site_name, source_of
+from .names import REPLACES, origins, site_name, source_of
 from .normalize import Calls, lineage, value
 from .pair import Key, Pair, pair_of
+from .siblings import join
 from .tidy import clean, tidy
 
 # What torch.utils.checkpoint is in a graph.
@@ -93,9 +94,11 @@ class _Rewriting:
     def run(self) -> list[Site]:
         patterns, found = patterns_by_op(), []
         for node in reversed(list(self._gm.graph.nodes)):
-            call = None if node._erased else self._calls[node]
-            if call is not None:
-                found += self._fuse(node, patterns.get(call.op, []))
+            if not node._erased:
+                # whatever reads the node has been fused by now
+                found += join(node, self._site)
+                call = self._calls[node]
+                found += self._fuse(node, patterns.get(call.op, []) if call else [])
         clean(self._gm.graph)
         self._gm.graph.lint()
         self._gm.recompile()
@@ -118,7 +121,7 @@ class _Rewriting:
     def _site(self, match: Match) -> Site | None:
         """The match, replaced if nothing forbids it. None if nobody asks for it."""
         node, fused, choice = match.outputs[0], match.call(), self._choice
-        op, key = public_name(fused.func), Key(self._part + node.name, str(match.pattern))
+        op, key = public_name(fused.func), Key(self._part + origins([node])[-1], match.text)
         if not choice.wants(op, key):
             return None
         known = choice.outcome(key)
@@ -133,20 +136,22 @@ class _Rewriting:
 
 
 def _replace(match: Match, fused: "partial[Any]") -> None:
-    graph: Graph = match.last.graph
-    with graph.inserting_before(match.last):
+    graph: Graph = match.place.graph
+    with graph.inserting_before(match.place):
         new = graph.call_function(fused.func, fused.args, fused.keywords)
         outputs = [new]
         if len(match.outputs) > 1:
             count = range(len(match.outputs))
             outputs = [graph.call_function(operator.getitem, (new, i)) for i in count]
     _describe(new, match.last, tuple(value(n) for n in match.outputs))
-    new.meta[REPLACES] = [node.name for node in sorted(match.nodes)]
+    new.meta[REPLACES] = origins(sorted(match.nodes))
     for old, output in zip(match.outputs, outputs, strict=True):
         _describe(output, old, value(old))
         old.replace_all_uses_with(output)
     for node in sorted(match.nodes, reverse=True):
         graph.erase_node(node)
+    for old, output in zip(match.outputs, outputs, strict=True):
+        output.name = old.name  # what was found in the original graph keeps its name
 
 
 def _describe(new: Node, old: Node, result: Any) -> None:
