@@ -20,7 +20,7 @@ from ..replay import Outcome
 from ..report import Site
 from .hazards import Hazards, autocast_at, nodes_in
 from .match import Match, Pattern, matches, patterns_by_op
-from .names import REPLACES, site_name, source_of
+from .names import REPLACES, Where, source_of
 from .normalize import Calls, clean, value
 from .pair import Key, Pair, pair_of
 
@@ -38,14 +38,13 @@ class Choice:
 
     `known` is what was found out about single sites: one with a fault stays, so that a smaller one
     may take its place. With `only_known`, no other site is touched. Of `ops`, None allows all.
-    `path` is the name of the module whose code the graph is, and `keep` is given both forms of each
-    replaced site.
+    `where` tells the names of modules, and `keep` is given both forms of each replaced site.
     """
 
     known: Mapping[Key, Outcome] = field(default_factory=dict)
     ops: Collection[str] | None = None
     only_known: bool = False
-    path: str = ""
+    where: Where = field(default_factory=Where)
     keep: Callable[[Pair], None] | None = None
 
     def wants(self, op: str, key: Key) -> bool:
@@ -108,7 +107,7 @@ def _fuse(
             known = choice.outcome(key)
             reason = known.fault or _mistyped(fused) or hazards.reason(match)
             reason = reason or _differs(fused, match)
-            site = Site(site_name(node, choice.path), str(pattern), op, reason, *known[:4],
+            site = Site(choice.where.site_name(node), str(pattern), op, reason, *known[:4],
                 source_of(node))  # fmt: skip
             if reason is None:
                 if choice.keep is not None:
