@@ -35,8 +35,8 @@ def backend(
     """
     global _last
     chosen = parse(options)
-    where = record.place()
-    choice, verdict, failure = Choice(ops=chosen.ops, path=where.path), None, None
+    root, where = record.place()
+    choice, verdict, failure = Choice(ops=chosen.ops, where=where), None, None
     begun = time.perf_counter()
     if chosen.verify:
         choice, verdict, failure = _proven(gm, example_inputs, choice)
@@ -48,7 +48,7 @@ def backend(
     proof = verdict.proof if verdict else None
     graph = Graph(done - proven, proven - begun, None, proof, record.ended_by(gm), failure)
     back = frozenset(site for site in _last if site.reason in faults)
-    record.keep(where.root, record.Record(_last, back, graph, record.compile_id(gm)))
+    record.keep(root, record.Record(_last, back, graph, record.compile_id(gm)))
     return _hand_on(gm, example_inputs, chosen)
 
 
@@ -64,7 +64,7 @@ def _proven(
     except Exception as error:  # without a proof there is no replacement, whatever forbids it
         failure = f"its proof failed: {raised(error)}"
     if failure is not None:
-        name = choice.path or "the model"
+        name = choice.where.path or "the model"
         warnings.warn(f"fastdl: a graph of {name} runs as it was: {failure}", stacklevel=3)
     known = {} if verdict is None else verdict.known
     return replace(choice, known=known, only_known=True), verdict, failure

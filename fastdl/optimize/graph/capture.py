@@ -27,7 +27,7 @@ def plan_graphs(model: nn.Module, example_inputs: Any) -> Plan:
     texts: list[str] = []
 
     def look(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        choice = Choice(path=place().path)
+        choice = Choice(where=place()[1])
         known = prove(gm, inputs, choice, whole=False).known
         rewritten = twin(gm)
         sites.extend(rewrite(rewritten, replace(choice, known=known, only_known=True)))

@@ -2,9 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -23,18 +23,20 @@ def origins(nodes: Iterable[Node]) -> list[str]:
     return [name for node in nodes for name in node.meta.get(REPLACES, [node.name])]
 
 
-def site_name(node: Node, path: str = "") -> str:
-    """The module that the call stands in and the call: "encoder.0.fc1 (linear)"."""
-    stack = node.meta.get("nn_module_stack") or {}
-    inner = [_without_frame(str(entry[0])) for entry in stack.values()][-1:]
-    module = ".".join(filter(None, [path, *inner]))
-    return f"{module} ({node.name})" if module else node.name
+class Where(NamedTuple):
+    """The path of the module whose code a graph is, and the names of all modules by their ids."""
 
+    path: str = ""
+    modules: Mapping[str, str] = {}
 
-def module_of(name: str) -> str:
-    """The module in the name of a site, "" for the model itself."""
-    module, bracket, _ = name.partition(" (")
-    return module if bracket else ""
+    def site_name(self, node: Node) -> str:
+        """The module that the call stands in and the call: "encoder.0.fc1 (linear)"."""
+        module = self.path
+        for key, (text, *_) in list((node.meta.get("nn_module_stack") or {}).items())[-1:]:
+            # the key is the module's id, with @ and a number when it is called again
+            inner = ".".join(filter(None, (self.path, _without_frame(str(text)))))
+            module = self.modules.get(key.partition("@")[0], inner)
+        return f"{module} ({node.name})" if module else node.name
 
 
 def qualified(node: Node) -> str:

@@ -4,7 +4,7 @@ import sys
 import time
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
@@ -12,14 +12,7 @@ from torch.fx import GraphModule
 from ..compiled import Break, Compiled, Graph
 from ..report import Report, Site
 from ..tree import tree_of
-from .names import frame_of
-
-
-class Place(NamedTuple):
-    """The module that the user compiled, and the path in it of the one whose code this is."""
-
-    root: nn.Module | None
-    path: str
+from .names import Where, frame_of
 
 
 @dataclass
@@ -48,9 +41,10 @@ def keep(root: nn.Module | None, record: Record) -> None:
     records.append(record)
 
 
-def place() -> Place:
-    """Whose call is being compiled. Dynamo compiles while the call waits, so that it stands on the
-    stack, whatever function of it is compiled and after whatever graph break.
+def place() -> tuple[nn.Module | None, Where]:
+    """The module that the user compiled, and where in it the code is that is compiled now. Dynamo
+    compiles while the call waits, so that it stands on the stack, whatever function below it is
+    compiled and after whatever graph break.
     """
     frame, owner = sys._getframe(), None
     while frame is not None:
@@ -59,9 +53,10 @@ def place() -> Place:
             owner = module if owner is None else owner
             if is_compiled(module):
                 root = _plain(module)
-                return Place(root, _path(root, _plain(owner)))
+                modules = {str(id(child)): name for name, child in root.named_modules()}
+                return root, Where(modules.get(str(id(_plain(owner))), ""), modules)
         frame = frame.f_back  # type: ignore[assignment]
-    return Place(None, "")
+    return None, Where()
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -71,10 +66,6 @@ def is_compiled(module: nn.Module) -> bool:
 
 def _plain(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
-
-
-def _path(root: nn.Module, module: nn.Module) -> str:
-    return next((name for name, child in root.named_modules() if child is module), "")
 
 
 def ended_by(gm: GraphModule) -> Break | None:

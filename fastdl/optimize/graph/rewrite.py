@@ -17,7 +17,7 @@ from ..report import Site
 from .fits import Fits, mistyped
 from .hazards import Hazards
 from .match import Match, Pattern, matches, patterns_by_op
-from .names import REPLACES, origins, site_name, source_of
+from .names import REPLACES, Where, origins, source_of
 from .normalize import Calls, lineage, value
 from .pair import Key, Pair, pair_of
 from .siblings import join
@@ -33,14 +33,13 @@ class Choice:
 
     `known` is what was found out about single sites: one with a fault stays, so that a smaller one
     may take its place. With `only_known`, no other site is touched. Of `ops`, None allows all.
-    `path` is the name of the module whose code the graph is, and `keep` is given both forms of each
-    replaced site.
+    `where` tells the names of modules, and `keep` is given both forms of each replaced site.
     """
 
     known: Mapping[Key, Outcome] = field(default_factory=dict)
     ops: Collection[str] | None = None
     only_known: bool = False
-    path: str = ""
+    where: Where = field(default_factory=Where)
     keep: Callable[[Pair], None] | None = None
 
     def wants(self, op: str, key: Key) -> bool:
@@ -127,7 +126,7 @@ class _Rewriting:
         known = choice.outcome(key)
         reason = known.fault or mistyped(fused) or self._hazards.reason(match)
         reason = reason or self._fits.reason(fused, match)
-        name = site_name(node, choice.path)
+        name = choice.where.site_name(node)
         if reason is None:
             if choice.keep is not None:
                 choice.keep(pair_of(key, op, match.nodes, match.outputs, fused))
