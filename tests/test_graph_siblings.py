@@ -134,7 +134,7 @@ def test_experts():
     """All of them read one input."""
 
     def f(x, *weights):
-        y = 0
+        x, y = x / 8, 0
         for gate, up, down in zip(*[iter(weights)] * 3, strict=True):
             y = y + F.linear(F.linear(x, gate).cumsum(-1) * F.linear(x, up), down)
         return y

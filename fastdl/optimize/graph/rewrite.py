@@ -19,7 +19,7 @@ from ..report import Site
 from .hazards import Hazards, autocast_at, nodes_in
 from .match import Match, Pattern, matches, patterns_by_op
 from .normalize import Calls, clean, value
-from .siblings import join
+from .siblings import Attempt, join
 
 # Arguments that an op adds at its ends: none of them may change the shape or dtype of the result.
 _ADDED = ("residual", "scale", "shift")
@@ -44,13 +44,13 @@ def _parts(gm: GraphModule) -> Iterator[GraphModule]:
 def _rewrite(gm: GraphModule) -> list[Site]:
     clean(gm.graph)
     calls = Calls()
-    hazards, patterns = Hazards(gm.graph, calls), patterns_by_op()
+    attempt, patterns = partial(_attempt, Hazards(gm.graph, calls)), patterns_by_op()
     found = []
     for node in reversed(list(gm.graph.nodes)):
         if not node._erased:
             # whatever reads this node has been fused by now
-            found += join(node, partial(_attempt, hazards))
-            found += _fuse(node, patterns, calls, hazards)
+            found += join(node, attempt)
+            found += _fuse(node, patterns, calls, attempt)
     clean(gm.graph)
     gm.graph.lint()
     gm.recompile()
@@ -58,14 +58,16 @@ def _rewrite(gm: GraphModule) -> list[Site]:
 
 
 def _fuse(
-    node: Node, patterns: dict[str, list[Pattern]], calls: Calls, hazards: Hazards
+    node: Node, patterns: dict[str, list[Pattern]], calls: Calls, attempt: Attempt
 ) -> list[Site]:
     """Replace the largest match that ends at the node. Says why a larger one may not be."""
     refused: dict[int, Site] = {}  # by size, the first one of each
     call = calls[node]
     for pattern in patterns.get(call.op, ()) if call is not None else ():
         for match in matches(pattern, node, calls):
-            site = _attempt(hazards, match)
+            site = attempt(match)
+            if site is None:
+                continue
             if site.reason is None:
                 larger = [old for size, old in refused.items() if size > len(match.nodes)]
                 return [site, *larger[:1]]
@@ -73,7 +75,7 @@ def _fuse(
     return list(refused.values())[:1]
 
 
-def _attempt(hazards: Hazards, match: Match) -> Site:
+def _attempt(hazards: Hazards, match: Match) -> Site | None:
     """Replace the match unless something speaks against it."""
     fused, name = match.call(), _name(match.outputs[0])
     reason = _mistyped(fused) or hazards.reason(match) or _differs(fused, match)
