@@ -19,6 +19,9 @@ from ...ops.linears import MOST, linears
 from ..report import Site
 from .match import Match
 
+# Replaces a match, and says why not; None where nobody wants to know of it.
+Attempt = Callable[[Match], Site | None]
+
 _PRODUCTS = ("linear", "matmul", "mm", "einsum", "conv", "attention", "attn")
 
 
@@ -41,7 +44,7 @@ class Siblings(Match):
         return partial(linears, *self.bindings.values())
 
 
-def join(node: Node, attempt: Callable[[Match], Site | None]) -> list[Site]:
+def join(node: Node, attempt: Attempt) -> list[Site]:
     """Join the linear layers that read what the node makes. All of them are calls of ours."""
     calls = sorted(user for user in node.users if _is_plain(user, node))
     return [
@@ -87,15 +90,12 @@ def _shares(block: list[Node]) -> Iterator[list[Node]]:
         yield block[i * len(block) // count : (i + 1) * len(block) // count]
 
 
-def _try(group: list[Node], attempt: Callable[[Match], Site | None]) -> list[Site]:
+def _try(group: list[Node], attempt: Attempt) -> list[Site]:
     """Where the whole group must not be joined, perhaps a smaller one may."""
-    if len(group) < 2:
-        return []
-    site = attempt(Siblings(group))
-    if site is None or site.reason is None:
-        return [site] if site else []
-    for smaller in (group[:-1], group[1:]) if len(group) > 2 else ():
-        less = attempt(Siblings(smaller))
-        if less is not None and less.reason is None:
-            return [less, site]
-    return [site]
+    found: list[Site] = []
+    for some in (group, group[:-1], group[1:]):
+        site = attempt(Siblings(some)) if len(some) > 1 else None
+        if site is not None and site.reason is None:
+            return [site, *found[:1]]
+        found += [site] if site is not None else []
+    return found[:1]
