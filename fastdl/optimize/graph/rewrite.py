@@ -89,6 +89,7 @@ class _Rewriting:
         self._gm, self._part, self._choice = gm, part, choice
         self._calls, self._fits = Calls(), Fits()
         self._hazards = Hazards(gm.graph, self._calls)
+        self._replaced: dict[str, Site] = {}  # by the names of the calls that stood there
 
     def run(self) -> list[Site]:
         patterns, found = patterns_by_op(), []
@@ -101,7 +102,9 @@ class _Rewriting:
         clean(self._gm.graph)
         self._gm.graph.lint()
         self._gm.recompile()
-        return found[::-1]
+        # of a call that was joined with others, the last site is told
+        known = set(map(id, self._replaced.values()))
+        return [site for site in reversed(found) if site.reason or id(site) in known]
 
     def _fuse(self, node: Node, patterns: list[Pattern]) -> list[Site]:
         """Replace the largest match that ends at the node. Says why a larger one may not be."""
@@ -127,11 +130,13 @@ class _Rewriting:
         reason = known.fault or mistyped(fused) or self._hazards.reason(match)
         reason = reason or self._fits.reason(fused, match)
         name = choice.where.site_name(node)
+        site = Site(name, key.pattern, op, reason, *known[:4], source_of(node))
         if reason is None:
+            self._replaced |= dict.fromkeys(origins(match.nodes), site)
             if choice.keep is not None:
                 choice.keep(pair_of(key, op, match.nodes, match.outputs, fused))
             _replace(match, fused)
-        return Site(name, key.pattern, op, reason, *known[:4], source_of(node))
+        return site
 
 
 def _replace(match: Match, fused: "partial[Any]") -> None:
