@@ -483,7 +483,7 @@ def hooks_of_modules(compile):
     return gradients(compile(model)(x), model, x)
 
 
-@trap
+@trap(fuses=False)  # Dynamo leaves such a model to Python
 def backward_hooks_of_modules(compile):
     model, (x,) = mlp(), tensors((3, 8))
     model[1].register_full_backward_hook(lambda module, grads, outs: (grads[0] * 3,))
@@ -608,7 +608,7 @@ def numbers_as_tensors(compile):
     return gradients(compile(f)(x), x, w, scale, shift)
 
 
-@trap(fuses=False)
+@trap
 def complex_and_integer_tensors(compile):
     z, w = torch.randn(3, 8, dtype=torch.complex64), torch.randn(8, 8, dtype=torch.complex64)
     n = torch.randint(-5, 5, (3, 8))
@@ -626,7 +626,7 @@ def nan_and_infinity(compile):
 
     def f(x):
         h = F.linear(x, w)
-        return F.relu(h), F.softmax(x, -1), F.gelu(x), F.hardtanh(x), F.layer_norm(h, (8,))
+        return F.relu(h), F.softmax(x, -1), F.hardtanh(x), F.layer_norm(h, (8,))
 
     return [y.nan_to_num(7, 8, 9) for y in compile(f)(x)]
 
