@@ -6,17 +6,28 @@ have to be the same. What the engine leaves alone, and for which reason: test_gr
 
 import copy
 import threading
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastdl
 from graph_forms import Compiled, tensors
 
 TRAPS = {}
+
+
+class Counted(TorchDispatchMode, Counter):
+    """How often each of torch's ops runs."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def trap(function=None, **options):
@@ -642,7 +653,178 @@ def one_tensor_in_many_places(compile):
     return gradients(compile(f)(x), x, w)
 
 
+@trap
+def statistics_of_torchs_own_norm(compile):
+    x, w, mean, var = torch.randn(8, 8), torch.randn(8, 8), torch.zeros(8), torch.ones(8)
+
+    def f(x):
+        h = F.linear(x, w, mean)
+        torch.native_batch_norm(w, None, None, mean, var, True, 0.5, 1e-5)
+        return F.gelu(h), F.gelu(F.linear(x, w, var))
+
+    return [*compile(f)(x), mean, var]
+
+
+@trap
+def a_module_unrolled_in_time(compile):
+    cell, head, (x,) = nn.Linear(8, 4), nn.Linear(4, 4), tensors((3, 5, 4))
+
+    def f(x):
+        state = torch.zeros(3, 4)
+        for t in range(x.shape[1]):
+            state = torch.tanh(cell(torch.cat([x[:, t], state], -1)))
+            state = F.relu(head(state)) + state
+        return state
+
+    return gradients(compile(f)(x), cell, head, x)
+
+
+@trap
+def a_condition_on_data(compile):
+    x, w = tensors((3, 8), (8, 8))
+
+    def f(x):
+        h = F.linear(x, w)
+        h = F.gelu(h) if h.sum() > 0 else F.relu(h)
+        return h + torch.where(h > 0, F.silu(h), h)
+
+    f = compile(f)
+    return [*gradients(f(x), x, w), *gradients(f(-x), x, w)]
+
+
+@trap
+def tensors_taken_by_index(compile):
+    x, w = tensors((6, 8), (8, 8))
+
+    def f(x, rows):
+        h = F.linear(x, w)
+        h = h.index_add(0, rows, x[rows])
+        y = F.gelu(h[rows])
+        z = F.linear(x, w)
+        z = z.masked_fill(x > 0, -1e9).softmax(-1)
+        z = z.index_put((rows,), torch.ones(8))
+        return y + x[rows], z
+
+    return gradients(compile(f)(x, torch.tensor([4, 0, 4])), x, w)
+
+
+@trap
+def shapes_written_in_place(compile):
+    x, w = tensors((8, 8), (8, 8), grad=False)
+
+    def f(x):
+        x = x * 1
+        h = F.linear(x, w)
+        x.t_()
+        y = F.gelu(h)
+        h.unsqueeze_(0)
+        return y, F.silu(h), F.relu(F.linear(x, w))
+
+    return compile(f)(x)
+
+
+@trap
+def a_gradient_inside(compile):
+    x, w = tensors((3, 8), (8, 8))
+
+    def f(x):
+        y = F.gelu(F.linear(x, w))
+        (slope,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        return y, slope
+
+    return gradients(compile(f)(x), x, w)
+
+
+@trap
+def frozen_weights_and_inputs(compile):
+    model, (x,) = mlp(), tensors((3, 8), grad=False)
+    model[0].requires_grad_(False)
+    f = compile(model)
+    found = gradients(f(x), model[2], model[3])
+    model.requires_grad_(False)
+    found += [f(x)]
+    return [*found, *gradients(f(x.requires_grad_()), x)]
+
+
 @pytest.mark.parametrize(("name", "then"), list(traps()))
 def test_trap(name, then):
     with fastdl.policy("fused"):
         check_trap(name, then)
+
+
+# What is random, and what happens at the same time.
+
+
+@pytest.mark.parametrize("then", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_dropout_is_the_same_when_computed_again(then, nested):
+    """What the result of a dropout shows is what its gradient has to say."""
+    x, w = tensors((64, 8), (8, 8))
+
+    def drop(x):
+        return F.dropout(F.linear(x, w), 0.5)
+
+    def twice(x):
+        return drop(x) if not nested else checkpoint(drop, x, use_reentrant=False) + x
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: checkpoint(twice, x, use_reentrant=False),
+        backend=fastdl.backend,
+        options={"then": then},
+    )
+    with fastdl.policy("fused"):
+        y = compiled(x)
+        kept = ((y - x if nested else y).abs() > 1e-4).float()
+        assert 0.3 < kept.mean() < 0.7
+        (dw,) = torch.autograd.grad(y.sum(), w)
+    torch.testing.assert_close(dw, 2 * kept.t() @ x)
+
+
+def test_what_a_checkpoint_saves_is_the_users_choice():
+    """A context that saves the products of matrices: they are not computed again."""
+    x, w = tensors((4, 8), (8, 8))
+    policy = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+
+    def f(x):
+        f = lambda x: torch.tanh(x @ w).sin()  # noqa: E731
+        return checkpoint(f, x, use_reentrant=False, context_fn=policy)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend=fastdl.backend)
+    with Counted() as counted:
+        found = gradients(compiled(x), x, w)
+    torch.testing.assert_close(found, gradients(f(x), x, w))
+    # forward, and two for the gradients
+    assert counted["mm"] == 3
+
+
+def test_dropout_follows_the_seed_and_the_call():
+    x, w = tensors((64, 8), (8, 8))
+    compiled = Compiled(lambda x: F.dropout(F.relu(F.linear(x, w)), 0.5))
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append((compiled(x), compiled(x)))
+    assert compiled.calls == ["linear"]
+    for a, b in zip(results[0], results[1], strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(*results[0]) and not torch.equal(results[0][0], results[2][0])
+
+
+def test_models_compiled_in_threads():
+    models = [mlp() for _ in range(4)]
+    inputs = [tensors((3 + i, 8))[0] for i in range(4)]
+    compiled, found = [torch.compile(m, backend=fastdl.backend) for m in models], {}
+
+    def work(i):
+        for _ in range(3):
+            found[i] = gradients(compiled[i](inputs[i]), models[i], inputs[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, model in enumerate(models):
+        torch.testing.assert_close(found[i], gradients(model(inputs[i]), model, inputs[i]))

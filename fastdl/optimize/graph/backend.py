@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 from ..report import Site
-from .rewrite import rewrite
+from .rewrite import checkpoints, parts, rewrite
 
 _last: tuple[Site, ...] = ()
 
@@ -21,11 +22,29 @@ def backend(
     if options:
         raise ValueError(f"fastdl backend: unknown options {sorted(options)}, allowed is 'then'")
     gm.meta["fastdl_sites"] = _last = tuple(rewrite(gm))
-    if then is None:
-        return gm.forward
+    if then in (None, "eager"):
+        return _runnable(gm)
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(then)(gm, example_inputs)
+
+
+def _runnable(gm: GraphModule) -> Callable[..., Any]:
+    """The graph, to be run as it is."""
+    for part in parts(gm):
+        for node in checkpoints(part):
+            node.target = _checkpointed
+        part.recompile()
+    return gm.forward
+
+
+def _checkpointed(body: GraphModule, *args: Any, **options: Any) -> Any:
+    """What stands for a checkpoint in Dynamo's graphs is made to be traced. Run as it is, it draws
+    other random numbers when it computes again: the gradients of another dropout.
+    """
+    if "_checkpoint_context_fn" in body.meta:
+        options["context_fn"] = body.meta["_checkpoint_context_fn"]
+    return checkpoint(body, *args, **{**options, "use_reentrant": False})
 
 
 def sites(gm: GraphModule) -> list[Site]:

@@ -159,11 +159,11 @@ def _between(match: Match) -> Iterator[Node]:
 
 def written(node: Node, calls: Calls) -> list[Tensor] | None:
     """The tensors that a node writes to, as fake tensors. None if nobody knows."""
-    if node.op in ("placeholder", "get_attr", "output"):
+    if node.op not in ("call_function", "call_method"):
         return []
     if isinstance(node.target, HigherOrderOperator):
         return _written_by_body(node)
-    if node.op == "call_module" or (node.op == "call_function" and _is_foreign(node.target)):
+    if node.op == "call_function" and _is_foreign(node.target):
         return None
     targets = _targets(node, calls)
     return [t for n in nodes_in(targets) for t in tree_leaves(value(n)) if isinstance(t, Tensor)]

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -26,18 +26,19 @@ _ADDED = ("residual", "scale", "shift")
 
 def rewrite(gm: GraphModule) -> list[Site]:
     """Replace, in place, what Dynamo's graph spells out by the fused ops."""
-    return [site for part in _parts(gm) for site in _rewrite(part)]
+    return [site for part in parts(gm) for site in _rewrite(part)]
 
 
-def _parts(gm: GraphModule) -> Iterator[GraphModule]:
+def parts(gm: GraphModule) -> list[GraphModule]:
     """The graph and the bodies of its checkpoints. Other bodies are those of closed ops."""
-    yield gm
-    for node in gm.graph.find_nodes(
-        op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint
-    ):
-        body = getattr(gm, str(node.args[0].target), None)
-        if isinstance(body, GraphModule):
-            yield from _parts(body)
+    bodies = [getattr(gm, str(node.args[0].target), None) for node in checkpoints(gm)]
+    inner = [part for body in bodies if isinstance(body, GraphModule) for part in parts(body)]
+    return [gm, *inner]
+
+
+def checkpoints(gm: GraphModule) -> list[Node]:
+    target = torch.ops.higher_order.tag_activation_checkpoint
+    return list(gm.graph.find_nodes(op="call_function", target=target))
 
 
 def _rewrite(gm: GraphModule) -> list[Site]:
