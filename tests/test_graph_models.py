@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import is_tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import fastdl
 from graph_forms import Compiled
@@ -81,6 +82,12 @@ def made(name, device):
     return make().to(device), move(inputs(), device)
 
 
+def called(compiled):
+    """The names of everything that stands in any of the graphs."""
+    nodes = [node for gm in compiled.graphs for node in gm.graph.nodes]
+    return [n.target if isinstance(n.target, str) else n.target.__name__ for n in nodes]
+
+
 def check_counts(compiled, expected):
     found = compiled.replaced
     assert all(found[op] >= count for op, count in expected.items()), f"{found}\n{expected}"
@@ -90,3 +97,72 @@ def check_counts(compiled, expected):
 def test_training(name, device):
     model, x = made(name, device)
     check_counts(prove(model.train(), x), FUSED[name])
+
+
+# Each compiles for a minute or so.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "resnet", "transformer", "autoencoder of diffusion", "whisper"]
+)
+def test_training_with_inductor(name, device):
+    model, x = made(name, device)
+    check_counts(prove(model.train(), x, then="inductor"), FUSED[name])
+
+
+# torch computes such a layer in one call, without gradients
+IN_ONE_CALL = {"transformer"}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "resnet" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+)
+def test_inference(name, device):
+    """Dropout is gone, and BatchNorm in the convolution."""
+    model, x = made(name, device)
+    compiled = Compiled(copy.deepcopy(model.eval()))
+    with torch.no_grad():
+        compiled(**x) if isinstance(x, dict) else compiled(x)
+    if name not in IN_ONE_CALL:
+        check_counts(compiled, {op: n for op, n in FUSED[name].items() if op != "batch_norm"})
+    assert not [call for call in called(compiled) if "dropout" in call or "batch_norm" in call]
+    proof = fastdl.verify(model, compiled.function, x)
+    assert proof.ok and proof.judge_is_fp64, str(proof)
+    assert any("without gradients" in name for name in proof.outputs)
+
+
+@pytest.mark.parametrize("name", ["transformer", "resnet", "autoencoder"])
+def test_training_on_the_kernels(name, device, fused):
+    model, x = made(name, device)
+    prove(model.train(), x)
+
+
+class Loss(nn.Module):
+    """What a step of training needs of a language model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        return self.model(**inputs).loss
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "t5"))]
+)
+def test_logits_that_nobody_reads_are_never_whole(name, device, fused):
+    model, x = made(name, device)
+    compiled = prove(Loss(model.train()), x)
+    assert compiled.replaced["linear_cross_entropy"] == 1
+    assert "cross_entropy" not in called(compiled)
+    rows, words = x["labels"].numel(), model.config.vocab_size
+    sizes = [value.numel() for value in values(compiled) if value.dtype.is_floating_point]
+    assert rows * words not in sizes
+
+
+def values(compiled):
+    """Every tensor that the graphs compute, as fakes."""
+    for gm in compiled.graphs:
+        for node in gm.graph.nodes:
+            if node.op not in ("placeholder", "get_attr") and "example_value" in node.meta:
+                yield from (t for t in tree_leaves(node.meta["example_value"]) if is_tensor(t))

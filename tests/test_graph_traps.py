@@ -95,7 +95,11 @@ def a_batch_of_any_size(compile):
 def another_rank_and_dtype(compile):
     model, found = mlp(), []
     f = compile(model)
-    for shape, dtype in (((5, 8), torch.float32), ((2, 3, 8), torch.float32), ((8,), torch.float64)):
+    for shape, dtype in (
+        ((5, 8), torch.float32),
+        ((2, 3, 8), torch.float32),
+        ((8,), torch.float64),
+    ):
         model.to(dtype)
         (x,) = tensors(shape, dtype=dtype)
         found += gradients(f(x), model, x)
