@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import is_tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import fastdl
 from graph_forms import Compiled
@@ -165,4 +164,8 @@ def values(compiled):
     for gm in compiled.graphs:
         for node in gm.graph.nodes:
             if node.op not in ("placeholder", "get_attr") and "example_value" in node.meta:
-                yield from (t for t in tree_leaves(node.meta["example_value"]) if is_tensor(t))
+                yield from (
+                    t
+                    for t in torch.utils._pytree.tree_leaves(node.meta["example_value"])
+                    if is_tensor(t)
+                )

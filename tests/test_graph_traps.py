@@ -5,6 +5,7 @@ have to be the same. What the engine leaves alone, and for which reason: test_gr
 """
 
 import copy
+import importlib
 import threading
 from collections import Counter
 from functools import partial
@@ -13,16 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastdl
+from fastdl.optimize.graph.caches import digest
 from graph_forms import Compiled, tensors
 
 TRAPS = {}
 
 
-class Counted(TorchDispatchMode, Counter):
+class Counted(torch.utils._python_dispatch.TorchDispatchMode, Counter):
     """How often each of torch's ops runs."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -205,8 +206,7 @@ def dropout_that_drops_nothing_returns_its_input(compile):
 
 @trap
 def results_keep_their_strides(compile):
-    x, w = tensors((6, 4), (8, 4))
-    (image, kernel) = tensors((2, 4, 5, 5), (6, 4, 3, 3))
+    x, image, kernel = tensors((6, 4), (2, 4, 5, 5), (6, 4, 3, 3))
 
     def f(x, image):
         a = F.gelu(x.t()).t().view(-1)
@@ -832,3 +832,45 @@ def test_models_compiled_in_threads():
         thread.join()
     for i, model in enumerate(models):
         torch.testing.assert_close(found[i], gradients(model(inputs[i]), model, inputs[i]))
+
+
+# What inductor keeps on disk.
+
+
+@pytest.mark.slow
+def test_code_of_other_sources_or_another_policy_is_not_used(monkeypatch):
+    """Forward and backward, which is compiled later."""
+    x, w = tensors((3, 8), (8, 8))
+    fresh_cache = importlib.import_module("torch._inductor.utils").fresh_cache
+    counters = importlib.import_module("torch._dynamo.utils").counters
+
+    def compiled():
+        torch._dynamo.reset()
+        counters.clear()
+        f = torch.compile(
+            lambda x: F.gelu(F.linear(x, w)).sin(),
+            backend=fastdl.backend,
+            options={"then": "inductor"},
+        )
+        torch.autograd.grad(f(x).sum(), (x, w))
+        return tuple(counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
+
+    with fresh_cache():
+        with fastdl.policy("fused"):
+            assert compiled() == (0, 2)
+            assert compiled() == (2, 0)
+        with fastdl.policy("definition"):
+            assert compiled()[0] == 0
+        monkeypatch.setattr("fastdl.optimize.graph.caches.digest", lambda folder: "other")
+        with fastdl.policy("fused"):
+            assert compiled() == (0, 2)
+
+
+def test_sources_have_a_digest(tmp_path):
+    digests = []
+    for version in ("1", "2", "1"):
+        folder = tmp_path / str(len(digests))
+        folder.mkdir()
+        (folder / "op.py").write_text(version)
+        digests.append(digest(folder))
+    assert digests[0] == digests[2] != digests[1]

@@ -7,6 +7,7 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from ..report import Site
+from .caches import inductor
 from .rewrite import checkpoints, parts, rewrite
 
 _last: tuple[Site, ...] = ()
@@ -24,6 +25,8 @@ def backend(
     gm.meta["fastdl_sites"] = _last = tuple(rewrite(gm))
     if then in (None, "eager"):
         return _runnable(gm)
+    if then == "inductor":
+        return inductor(gm, example_inputs)
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(then)(gm, example_inputs)

@@ -31,9 +31,9 @@ def rewrite(gm: GraphModule) -> list[Site]:
 
 def parts(gm: GraphModule) -> list[GraphModule]:
     """The graph and the bodies of its checkpoints. Other bodies are those of closed ops."""
-    bodies = [getattr(gm, str(node.args[0].target), None) for node in checkpoints(gm)]
-    inner = [part for body in bodies if isinstance(body, GraphModule) for part in parts(body)]
-    return [gm, *inner]
+    named = [getattr(gm, str(n.target), None) for c in checkpoints(gm) for n in c.all_input_nodes]
+    bodies = dict.fromkeys(body for body in named if isinstance(body, GraphModule))
+    return [gm, *(part for body in bodies for part in parts(body))]
 
 
 def checkpoints(gm: GraphModule) -> list[Node]:
