@@ -1,5 +1,7 @@
 """Functions compiled with our backend, and what the graph engine made of them."""
 
+from collections import Counter
+
 import torch
 
 import fastdl
@@ -9,16 +11,18 @@ from fastdl.optimize import graph
 class Compiled:
     """A function compiled with the backend, and the graphs that it made."""
 
-    def __init__(self, function, **options):
-        self.graphs = []
+    def __init__(self, function, then="eager", **options):
+        self.graphs = graphs = []
+
+        # a method would be copied with what is compiled
+        def keep(gm, inputs):
+            graphs.append(gm)
+            return torch._dynamo.lookup_backend(then)(gm, inputs)
+
         torch._dynamo.reset()
         self.function = torch.compile(
-            function, backend=fastdl.backend, options={"then": self._keep}, **options
+            function, backend=fastdl.backend, options={"then": keep}, **options
         )
-
-    def _keep(self, gm, inputs):
-        self.graphs.append(gm)
-        return gm.forward
 
     def __call__(self, *args, **kwargs):
         return self.function(*args, **kwargs)
@@ -35,6 +39,12 @@ class Compiled:
         """The calls of fastdl's ops."""
         nodes = self.graphs[-1].graph.nodes
         return [n for n in nodes if getattr(n.target, "__module__", "").startswith("fastdl.")]
+
+    @property
+    def replaced(self):
+        """How often each op was put into any of the graphs."""
+        sites = [site for gm in self.graphs for site in graph.sites(gm) if site.reason is None]
+        return Counter(site.op.partition("_of_")[0] for site in sites)
 
     @property
     def reasons(self):

@@ -48,6 +48,18 @@ def write_inplace_argument(x):
     return F.gelu(h)
 
 
+def write_by_keyword(x):
+    h = F.linear(x, W)
+    torch.relu_(input=x)
+    return F.gelu(h)
+
+
+def write_to_normalize_rows(x):
+    h = F.linear(W, x, None)
+    F.embedding(torch.tensor([1]), x, max_norm=0.1)
+    return F.gelu(h)
+
+
 def write_of_a_list(x):
     h = F.linear(x, W)
     torch._foreach_add_([x], 1)

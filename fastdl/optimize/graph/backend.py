@@ -7,15 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 from ...nn.rnn import let_dynamo_enter
 from ..compiled import Graph
 from ..replay import raised
 from ..report import Site
 from . import record
+from .caches import inductor
 from .judge import UNSTABLE, Verdict, prove
 from .options import Options, parse
-from .rewrite import Choice, rewrite
+from .rewrite import Choice, checkpoints, parts, rewrite
 
 _last: tuple[Site, ...] = ()
 
@@ -72,10 +74,30 @@ def _proven(
 
 def _hand_on(gm: GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
     if options.then in (None, "eager"):
-        return gm.forward
+        return _runnable(gm)
+    if options.then == "inductor":
+        return inductor(gm, example_inputs)
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(options.then)(gm, example_inputs)
+
+
+def _runnable(gm: GraphModule) -> Callable[..., Any]:
+    """The graph, to be run as it is."""
+    for part, _ in parts(gm):
+        for node in checkpoints(part):
+            node.target = _checkpointed
+        part.recompile()
+    return gm.forward
+
+
+def _checkpointed(body: GraphModule, *args: Any, **options: Any) -> Any:
+    """What stands for a checkpoint in Dynamo's graphs is made to be traced. Run as it is, it draws
+    other random numbers when it computes again: the gradients of another dropout.
+    """
+    if "_checkpoint_context_fn" in body.meta:
+        options["context_fn"] = body.meta["_checkpoint_context_fn"]
+    return checkpoint(body, *args, **{**options, "use_reentrant": False})
 
 
 def sites(gm: GraphModule) -> list[Site]:

@@ -19,11 +19,8 @@ from torch.utils._pytree import tree_leaves
 from .match import Match
 from .normalize import Calls, value
 
-# Functions that write to their arguments without a word of it in their names or signatures.
-_WRITES = {
-    "batch_norm": ("running_mean", "running_var"),
-    "instance_norm": ("running_mean", "running_var"),
-}
+# Arguments that norms write to without a word of it in their names or signatures.
+_STATISTICS = ("running_mean", "running_var")
 
 # The package of the fused ops.
 _OURS = __name__.partition(".")[0]
@@ -135,7 +132,7 @@ class Hazards:
     def _may_alias(self, node: Node, targets: list[Tensor], bound: list[Node]) -> bool:
         """Two inputs of a graph may share memory at the next call: only the first one was seen."""
         call = self._calls[node]
-        if call is not None and call.op in _WRITES:
+        if call is not None and call.arguments.keys() >= {*_STATISTICS}:
             return False  # running statistics share it with nothing
         inputs = [t for n in bound if storages(t := value(n)) & self._inputs]
         return any(
@@ -199,13 +196,15 @@ def _targets(node: Node, calls: Calls) -> Any:
     if isinstance(node.target, OpOverloadPacket):
         return _by_schema(node, [getattr(node.target, o) for o in node.target.overloads()])
     call = calls[node]
-    if call is not None and call.op in _WRITES:
-        return [call.arguments.get(name) for name in _WRITES[call.op]]
+    given = {} if call is None else call.arguments
+    targets = [node.kwargs.get("out"), *map(given.get, _STATISTICS)]
+    if given.get("max_norm") is not None:  # an embedding normalizes the rows that it reads
+        targets.append(given.get("weight"))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     of_python = name == "setitem" or name.startswith(("__i", "__set"))
-    if of_python or (call is not None and call.inplace):
-        return node.args[:1]
-    return node.kwargs.get("out")
+    if of_python or (name.endswith("_") if call is None else call.inplace):
+        targets += [node.args[:1], given.get("input")]
+    return targets
 
 
 def _by_schema(node: Node, overloads: list[OpOverload]) -> list[Any]:

@@ -75,10 +75,15 @@ def parts(gm: GraphModule, name: str = "") -> Iterator[tuple[GraphModule, str]]:
     bodies are those of closed ops.
     """
     yield gm, name
-    for node in gm.graph.find_nodes(op="call_function", target=CHECKPOINT):
-        body = getattr(gm, str(node.args[0].target), None)
+    names = {str(n.target): None for c in checkpoints(gm) for n in c.all_input_nodes}
+    bodies = {getattr(gm, target, None): target for target in names}
+    for body, target in bodies.items():
         if isinstance(body, GraphModule):
-            yield from parts(body, f"{name}{node.args[0].target}.")
+            yield from parts(body, f"{name}{target}.")
+
+
+def checkpoints(gm: GraphModule) -> list[Node]:
+    return list(gm.graph.find_nodes(op="call_function", target=CHECKPOINT))
 
 
 class _Rewriting:
