@@ -17,6 +17,9 @@ from fastdl.tuned.tune import configs
 
 # (M, N, K): whole tiles, tails in rows of 16, tails everywhere, few rows, many steps.
 SHAPES = ((512, 512, 512), (300, 272, 208), (130, 77, 199), (5, 528, 1040), (64, 96, 8192))
+# Of some, the widths of three weights.
+THIRDS = {(512, 512, 512): (256, 128, 128), (300, 272, 208): (144, 112, 16)}
+THIRDS |= {(5, 528, 1040): (336, 96, 96)}
 # A race shows now and then.
 REPEATS = 100
 # Whole numbers up to here are exact in bfloat16, and so is every partial sum in fp32 and tf32.
@@ -24,16 +27,18 @@ LARGEST = 256
 
 
 class Exact(NamedTuple):
-    """One configuration at one shape."""
+    """One configuration at one shape: of `linear`, or of `linears` with these widths."""
 
     dtype: torch.dtype
     tf32: bool
     config: Config
     sizes: tuple[int, int, int]
+    widths: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
-        sizes = "x".join(map(str, self.sizes))
+        M, N, K = self.sizes
+        sizes = f"{M}x{'+'.join(map(str, self.widths or (N,)))}x{K}"
         return f"{named(self.dtype, self.tf32)} {sizes} {described(self.config)}"
 
 
@@ -54,7 +59,8 @@ def exact_cases(facts: Device, shapes: Any = SHAPES) -> Iterator[Exact]:
     for dtype, tf32, of_kind in kinds:
         for sizes in of_kind:
             for config in fewest_and_most_splits(configs("linear", dtype, sizes, facts)):
-                yield Exact(dtype, tf32, config, sizes)
+                for widths in ((), THIRDS[sizes]) if sizes in THIRDS else ((),):
+                    yield Exact(dtype, tf32, config, sizes, widths)
 
 
 def fewest_and_most_splits(found: Iterable[Config]) -> Iterator[Config]:
@@ -66,7 +72,11 @@ def fewest_and_most_splits(found: Iterable[Config]) -> Iterator[Config]:
 def check_exact(case: Exact, device: str, repeats: int = REPEATS) -> dict[str, Any]:
     """Compare with a product in fp64, bit by bit, so many times."""
     x, w, b, residual, want = integers(case, device)
-    call = partial(FF.linear, x, w, b, activation="relu", residual=residual)
+    call: Callable[[], torch.Tensor] = partial(
+        FF.linear, x, w, b, activation="relu", residual=residual
+    )
+    if case.widths:
+        call = partial(side_by_side, x, w.split(case.widths), b.split(case.widths))
     with (
         torch.no_grad(),
         fastdl.policy("fused", on_fallback="error"),
@@ -74,12 +84,16 @@ def check_exact(case: Exact, device: str, repeats: int = REPEATS) -> dict[str, A
         fp32_products(case.tf32),
         poisoned(),
     ):
-        launched = fastdl.explain(call).launches[0].config
+        launched = [launch.config for launch in fastdl.explain(call).launches[:1]]
         # torch's product leaves no launch of its own to be seen
-        same = replace(launched, source=case.config.source) == case.config
+        same = [replace(config, source=case.config.source) for config in launched] == [case.config]
         if not same and case.config.variant != "gemm":
             return {"ok": True, "applies": False, "says": "does not apply to these strides"}
         return {**repeated(call, want, repeats), "applies": True}
+
+
+def side_by_side(*args: Any) -> torch.Tensor:
+    return torch.cat(FF.linears(*args), 1)
 
 
 def repeated(call: Callable[[], torch.Tensor], want: torch.Tensor, repeats: int) -> dict[str, Any]:
@@ -96,12 +110,15 @@ def verdict(wrong: int, repeats: int) -> dict[str, Any]:
 
 
 def integers(case: Exact, device: str) -> tuple[torch.Tensor, ...]:
-    """Inputs of -1, 0 and 1, zeros so many that sums stay small, and relu(x Wᵀ + b) + residual."""
+    """Inputs of -1, 0 and 1, zeros so many that sums stay small, and relu(x Wᵀ + b) + residual, or
+    what `linears` gives.
+    """
     M, N, K = case.sizes
     draw, dense = drawing(case.dtype, device), dense_enough(K)
     x, w = draw(M, K, keep=dense), draw(N, K, keep=dense)
     b, residual = draw(N, low=-8, high=8), draw(M, N, low=-8, high=8)
-    want = torch.relu(x.double() @ w.double().T + b.double()) + residual.double()
+    want = x.double() @ w.double().T + b.double()
+    want = want if case.widths else torch.relu(want) + residual.double()
     assert want.abs().max() <= LARGEST, "the inputs are too large to be exact"
     return x, w, b, residual, want.to(case.dtype)
 

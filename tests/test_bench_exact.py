@@ -31,15 +31,20 @@ def test_exact_cases_cover_every_configuration():
         bases = [c for c in configs("linear", dtype, (300, 272, 208), H200) if c.splits == 1]
         assert {base.variant for base in bases} <= {case.config.variant for case in cases}
         for base in bases:
-            assert any(base == case.config for case in cases)
+            found = [case.widths != () for case in cases if base == case.config]
+            assert {*found} == {False, True}
     assert any(case.config.splits > 1 for case in cases)
 
 
-@pytest.mark.parametrize("sizes", [(20, 24, 72), (3, 9, 33)], ids=str)
-def test_configurations_are_exact(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "widths"),
+    [((20, 24, 72), ()), ((3, 9, 33), ()), ((20, 48, 48), (16, 16, 16))],
+    ids=str,
+)
+def test_configurations_are_exact(sizes, widths):
     applied = 0
     for config in configs("linear", torch.bfloat16, sizes, H200):
-        case = Exact(torch.bfloat16, False, config, sizes)
+        case = Exact(torch.bfloat16, False, config, sizes, widths)
         row = check_exact(case, "cpu", repeats=1)
         assert row["ok"], (config, row)
         applied += row["applies"]

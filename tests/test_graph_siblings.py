@@ -50,6 +50,13 @@ def test_the_call_stands_where_the_first_one_stood():
 
     compiled = check_same(f, *tensors(X, WQ, WK, (4,)))
     assert compiled.calls[0] == "linears" and joined(compiled) == [(2, None)]
+    # all calls keep their names in the user's graph
+    assert [site.name for site in graph.last_report()] == [
+        "linear",
+        "linear",
+        "rms_norm",
+        "linear_1",
+    ]
 
 
 @pytest.mark.parametrize("count", [2, 4, 5, 7])

@@ -85,21 +85,26 @@ BAD_CALLS = [
 ]  # fmt: skip
 
 
-def bench(m: int, ns: tuple[int, ...], k: int, backward: bool = False) -> BenchCase:
+def bench(
+    m: int, ns: tuple[int, ...], k: int, biases: str = "", backward: bool = False
+) -> BenchCase:
     """Bytes of 16-bit tensors, each once, and flops of the products.
 
     Forward reads x once, where a product for each weight reads it as often as there are weights.
-    For n weights the sum of their products that is dx is written n times and read n - 1 times;
-    autograd's products and sums write it 2n - 1 times and read it 2n - 2 times: of three weights,
-    5 m k elements against 9.
+    Of three weights dx, the sum of three products, is written three times and read twice;
+    autograd writes three products and two sums and reads four: 5 m k elements against 9.
     """
     n = sum(ns)
-    bytes, flops = 2 * (m * k + n * k + m * n), 2 * m * n * k
+    bytes, flops = 2 * (m * k + n * k + (n if biases else 0) + m * n), 2 * m * n * k
     if backward:
         # products with x and with the weights: dy is read in both, dx and dweight are written
         bytes, flops = bytes + 2 * (2 * m * k + 2 * n * k + 2 * m * n), 3 * flops
-    words = [f"{m}x{'+'.join(map(str, ns))}x{k}", *(["backward"] if backward else [])]
-    return BenchCase(" ".join(words), call((m,), ns, k), bytes, flops, backward=backward)
+    words = [
+        f"{m}x{'+'.join(map(str, ns))}x{k}",
+        *(["biases"] if biases else []),
+        *(["backward"] if backward else []),
+    ]
+    return BenchCase(" ".join(words), call((m,), ns, k, biases), bytes, flops, backward=backward)
 
 
 # Queries, keys and values of Llama 8B and of GPT-2 medium; gate and up.
@@ -114,11 +119,11 @@ SPEC = Spec(
     bench=[
         bench(8192, GROUPED, 4096),
         bench(2048, GROUPED, 4096),
-        bench(8192, EQUAL, 1024),
+        bench(8192, EQUAL, 1024, "bbb"),
         bench(8192, GATED, 4096),
         bench(16, GROUPED, 4096),
         bench(16, GATED, 4096),
         bench(8192, GROUPED, 4096, backward=True),
-        bench(8192, EQUAL, 1024, backward=True),
+        bench(8192, EQUAL, 1024, "bbb", backward=True),
     ],
 )

@@ -56,8 +56,8 @@ def gated_mlp(
 ) -> Tensor:
     """(act(input Wgᵀ + bg) (input Wuᵀ + bu)) Wdᵀ + bd + residual.
 
-    Gate and up are one product where their weights are one tensor: w_gate is then [2 hidden, in],
-    the gate's rows first, b_gate is [2 hidden], and w_up and b_up are None.
+    Gate and up are one launch. Their weights may be one tensor: w_gate is then [2 hidden, in], the
+    gate's rows first, b_gate is [2 hidden], and w_up and b_up are None.
 
     Without `recompute`, gate, up and their gated product are kept for backward: three rows as long
     as the hidden layer for each row of input. With it nothing but the input is kept, and backward

@@ -4,9 +4,9 @@ Dynamo's graphs are not functional, and a fused op reads later than its parts di
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class Hazards:
         self._writes = [(node, w) for node in graph.nodes if (w := written(node, calls))]
         self._given = [value(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")]
 
-    @cached_property
+    @functools.cached_property
     def _inputs(self) -> Storages:
         return storages(self._given)
 
@@ -183,10 +183,13 @@ def _is_foreign(function: Any) -> bool:
     return _root(function) not in (_OURS, "torch", "_operator", "builtins", "math")
 
 
+_signature = functools.cache(inspect.signature)
+
+
 def _statistics(node: Node) -> list[Any]:
     """All that a fused op may write to: running statistics."""
     assert callable(node.target)
-    given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+    given = _signature(node.target).bind(*node.args, **node.kwargs).arguments
     return [given.get(name) for name in ("running_mean", "running_var", "norm")]
 
 
