@@ -183,11 +183,13 @@ def resnet_50() -> nn.Sequential:
 class Words(nn.Module):
     """A language model on an LSTM."""
 
-    def __init__(self, words: int = WORDS, width: int = 16, hidden: int = 24) -> None:
+    def __init__(
+        self, words: int = WORDS, width: int = 16, hidden: int = 24, dropout: float = 0.2
+    ) -> None:
         super().__init__()
         self.words = nn.Embedding(words, width)
         self.lstm = nn.LSTM(width, hidden, 2, batch_first=True)
-        self.drop, self.head = nn.Dropout(0.2), nn.Linear(hidden, words)
+        self.drop, self.head = nn.Dropout(dropout), nn.Linear(hidden, words)
 
     def forward(self, ids: Tensor) -> Tensor:
         logits = self.head(self.drop(self.lstm(self.words(ids))[0]))
@@ -213,9 +215,11 @@ class Decode(nn.Module):
 
 
 def encoder(
-    width: int = WIDTH, heads: int = 4, hidden: int = 48, layers: int = 2
+    width: int = WIDTH, heads: int = 4, hidden: int = 48, layers: int = 2, dropout: float = 0.1
 ) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(width, heads, hidden, activation="gelu", batch_first=True)
+    layer = nn.TransformerEncoderLayer(
+        width, heads, hidden, dropout, activation="gelu", batch_first=True
+    )
     return nn.TransformerEncoder(layer, layers)
 
 
