@@ -6,6 +6,7 @@ Each stage runs in a process of its own and writes bench/results/<gpu>/<stage>.j
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 import fastdl
-from bench import rows, steps
+from bench import marks, models, rows, steps
 from bench.exact import check_exact, exact_cases
 from bench.exact_attention import attention_cases, check_attention
 from bench.exact_conv import check_conv, conv_cases
@@ -29,7 +30,7 @@ from bench.store import RESULTS, Row, Store, provenance, read
 from fastdl.contract import SPECS, STEPS
 from fastdl.tuned import Device, device_of, packaged_file
 
-FAILED, USAGE, UNFINISHED = 1, 2, 3
+FAILED, USAGE, UNFINISHED, SPENT = 1, 2, 3, 4
 
 Work = Callable[[], Row]
 
@@ -117,6 +118,13 @@ def steps_stage(name: str) -> Callable[[Context], Iterator[tuple[str, Work]]]:
     return stage
 
 
+def models_stage(context: Context) -> Iterator[tuple[str, Work]]:
+    """Whole models: as they are, with fastdl's modules and graphs, compiled, and with both."""
+    compiled = not context.options.no_compile
+    for case in models.cases():
+        yield case.name, partial(models.measure, case, context.machine, compiled=compiled)
+
+
 def tune_stage(context: Context) -> Iterator[tuple[str, Work]]:
     """Launch configurations for the table that ships."""
 
@@ -141,6 +149,7 @@ STAGES: dict[str, Callable[[Context], Iterator[tuple[str, Work]]]] = {
     "ceilings": ceilings_stage,
     **{op: timing_stage(op) for op in SPECS},
     **{name: steps_stage(name) for name in STEPS},
+    "models": models_stage,
     "tune": tune_stage,
 }
 
@@ -148,25 +157,33 @@ STAGES: dict[str, Callable[[Context], Iterator[tuple[str, Work]]]] = {
 def run_stage(
     stage: str, context: Context, store: Store, clock: Callable[[], float] = time.monotonic
 ) -> int:
-    """Work off the rows of a stage that are not done, as far as there is time."""
+    """Work off the rows of a stage that are not done, as far as there is time. Those that failed
+    before come last. A row may leave its process unfit for others: SPENT, if there are any.
+    """
     until = clock() + 60 * context.options.minutes
-    code, undone = 0, 0
-    for name, work in STAGES[stage](context):
-        if store.done(name) and not context.options.again:
-            continue
+    code, undone, missing = 0, 0, 0
+    again = context.options.again
+    left = [row for row in STAGES[stage](context) if again or not store.done(row[0])]
+    left.sort(key=lambda row: store.tried(row[0]))
+    for index, (name, work) in enumerate(left):
         if clock() >= until:
             undone += 1
             continue
+        if not store.done(name):
+            store.put(name, {"ok": False, "says": "begun, and not finished"})
         row = guarded(work)
         store.put(name, row)
-        code = code if row["ok"] else FAILED
-        left = max(until - clock(), 0)
-        print(f"{stage}  {name}: {row['says']}  ({left:.0f} s left)", flush=True)
+        missing += "missing" in row
+        code = code if row["ok"] or "missing" in row else FAILED
+        print(f"{stage}  {name}: {row['says']}  ({max(until - clock(), 0):.0f} s left)", flush=True)
         if row.get("fatal"):
             return FAILED
+        new = any(not store.tried(name) for name, _ in left[index + 1 :])
+        if row.get("spent") and new and clock() < until:
+            return SPENT
     if undone:
         print(f"{stage}: no time for {undone} more; run it again to go on", flush=True)
-    return code or (UNFINISHED if undone else 0)
+    return code or (UNFINISHED if undone or missing else 0)
 
 
 def guarded(work: Work) -> Row:
@@ -175,6 +192,7 @@ def guarded(work: Work) -> Row:
         return work()
     except Exception as error:
         row = {"ok": False, "says": f"{type(error).__name__}: {error}"}
+    gc.collect()  # models are cycles, and hold their memory
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -190,19 +208,29 @@ def run_all(options: argparse.Namespace, folder: Path) -> int:
     codes = {}
     for stage in options.stage or STAGES:
         print(f"--- {stage}", flush=True)
-        command = [sys.executable, __file__, "--child", stage, "--minutes", str(options.minutes)]
-        command += ["--out", str(options.out)] + ["--again"] * options.again
-        command += ["--no-compile"] * options.no_compile
-        try:
-            # a row that was begun may finish
-            limit = 60 * options.minutes + 90
-            codes[stage] = subprocess.run(command, env=environment, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            print(f"{stage}: stopped; run it again to go on", flush=True)
-            codes[stage] = UNFINISHED
+        until = time.monotonic() + 60 * options.minutes
+        codes[stage] = run_child(stage, options, environment, 60 * options.minutes, options.again)
+        while codes[stage] == SPENT:
+            seconds = max(until - time.monotonic(), 0)
+            codes[stage] = run_child(stage, options, environment, seconds)
     print(summary(folder, codes))
     bad = [code for code in codes.values() if code not in (0, UNFINISHED)]
     return FAILED if bad else max(codes.values(), default=0)
+
+
+def run_child(
+    stage: str, options: argparse.Namespace, environment: dict[str, str], seconds: float,
+    again: bool = False,
+) -> int:  # fmt: skip
+    command = [sys.executable, __file__, "--child", stage, "--minutes", str(seconds / 60)]
+    command += ["--out", str(options.out)] + ["--again"] * again
+    command += ["--no-compile"] * options.no_compile
+    try:
+        # a row that was begun may finish
+        return subprocess.run(command, env=environment, timeout=seconds + 90).returncode
+    except subprocess.TimeoutExpired:
+        print(f"{stage}: stopped; run it again to go on", flush=True)
+        return UNFINISHED
 
 
 def summary(folder: Path, codes: dict[str, int]) -> str:
@@ -219,6 +247,8 @@ def summary(folder: Path, codes: dict[str, int]) -> str:
             for name, row in table.items()
             if "roofline" in row
         ]
+        if stage == "models":
+            timings += ["", *marks.summary(table, [case.name for case in models.cases()])]
     return "\n".join([*lines, "", *timings])
 
 

@@ -1,6 +1,7 @@
 """Where timings run: a GPU, or for dry runs and tests the host."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -43,6 +44,10 @@ class Host:
     def peak_bytes(self, call: Call) -> int:
         call()
         return 0
+
+    def release(self) -> None:
+        """Give back the memory of what nobody holds any more."""
+        gc.collect()
 
 
 class Gpu(Host):
@@ -99,6 +104,10 @@ class Gpu(Host):
         peak = torch.cuda.max_memory_allocated() - before
         del kept
         return peak
+
+    def release(self) -> None:
+        super().release()
+        torch.cuda.empty_cache()
 
 
 def machine() -> Host:

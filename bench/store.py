@@ -22,9 +22,12 @@ class Store:
         self.id = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:12]
         self.table = read(self.path) or {"stage": stage, "runs": {}, "rows": {}}
 
+    def tried(self, name: str) -> bool:
+        """Whether there is a row of this very code, right or not."""
+        return self.table["rows"].get(name, {}).get("run") == self.id
+
     def done(self, name: str) -> bool:
-        row = self.table["rows"].get(name)
-        return bool(row and row["ok"] and row["run"] == self.id)
+        return self.tried(name) and bool(self.table["rows"][name]["ok"])
 
     def put(self, name: str, row: Row) -> None:
         """Keep the row, on disk at once: what comes after may kill the process."""
