@@ -84,7 +84,7 @@ def _hand_on(gm: GraphModule, example_inputs: list[Any], options: Options) -> Ca
 
 def _runnable(gm: GraphModule) -> Callable[..., Any]:
     """The graph, to be run as it is."""
-    for part, _ in parts(gm):
+    for part, _ in list(parts(gm)):
         for node in checkpoints(part):
             node.target = _checkpointed
         part.recompile()
