@@ -90,6 +90,19 @@ def test_plan_leaves_no_trace():
     assert len(fastdl.report(user).compiled.graphs) == graphs
 
 
+def test_plan_teaches_dynamo_nothing():
+    """A size that the plan has seen does not make the user's first graph a dynamic one."""
+    model, sizes = Block(), []
+
+    def look(gm, inputs):
+        sizes.extend(x for x in inputs if isinstance(x, torch.SymInt))
+        return gm.forward
+
+    fastdl.plan(model, torch.randn(5, 8), engine="graph")
+    torch.compile(model, backend=look)(torch.randn(3, 8))
+    assert not sizes
+
+
 def test_plan_says_what_it_needs():
     with pytest.raises(ValueError, match="engine='graph' needs example_inputs"):
         fastdl.plan(Block(), engine="graph")

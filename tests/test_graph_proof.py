@@ -289,6 +289,20 @@ def test_writes_inside_of_a_site_go_to_copies():
     assert [site.reason for site in graph.last_report()] == [None]
 
 
+def test_an_operand_may_be_computed_inside_of_a_site():
+    def f(x, w):
+        y = F.linear(x, w)
+        r = torch.cumsum(x, 1)
+        return y + r
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend=fastdl.backend, options={"verify": True})
+    compiled(torch.randn(4, 8), torch.randn(8, 8, requires_grad=True))
+    (site,) = graph.last_report()
+    assert (site.pattern, site.reason) == ("linear -> add", None)
+    assert site.after is not None
+
+
 # Modes, bodies, shapes, and who comes next.
 
 
