@@ -131,6 +131,7 @@ def test_a_planted_fault_is_in_the_plan(monkeypatch):
     assert "the error is too large" in norm.reason
     assert norm.after > norm.allowed > norm.before
     assert linear.reason is None
+    assert linear.route == "torch: the policy asks for the definition"
     assert [site.op for site in plan.groups["left alone"]] == ["layer_norm"]
 
 
