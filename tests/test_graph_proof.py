@@ -272,6 +272,20 @@ def test_a_proof_leaves_no_trace():
     assert all(map(torch.equal, tensors, others))
 
 
+def test_every_dropout_is_off_in_a_proof():
+    def f(x, w):
+        q = F.dropout(F.linear(x, w), 0.5)
+        return F.scaled_dot_product_attention(q, q, q, None, 0.5)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend=fastdl.backend, options={"verify": True})
+    with fastdl.policy("definition"):
+        compiled(torch.randn(1, 2, 5, 8), torch.randn(8, 8, requires_grad=True))
+    sites = graph.last_report()
+    assert {site.op for site in sites} == {"linear", "scaled_dot_product_attention"}
+    assert all(site.reason is None and site.before < 1e-5 for site in sites)
+
+
 def test_writes_inside_of_a_site_go_to_copies():
     def f(x, w, r):
         y = F.linear(x, w).relu_()
@@ -287,6 +301,20 @@ def test_writes_inside_of_a_site_go_to_copies():
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(given, expected)
     assert [site.reason for site in graph.last_report()] == [None]
+
+
+def test_an_operand_may_be_computed_inside_of_a_site():
+    def f(x, w):
+        y = F.linear(x, w)
+        r = torch.cumsum(x, 1)
+        return y + r
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend=fastdl.backend, options={"verify": True})
+    compiled(torch.randn(4, 8), torch.randn(8, 8, requires_grad=True))
+    (site,) = graph.last_report()
+    assert (site.pattern, site.reason) == ("linear -> add", None)
+    assert site.after is not None
 
 
 # Modes, bodies, shapes, and who comes next.
@@ -313,7 +341,8 @@ def test_sites_are_judged_in_their_modes(monkeypatch):
 
     x = torch.randn(3, 8, requires_grad=True)
     compiled = verified(Modes())
-    with fastdl.policy("definition"):
+    with warnings.catch_warnings(), fastdl.policy("definition"):
+        warnings.simplefilter("error", UserWarning)
         compiled(x)
     report = fastdl.report(compiled)
     assert len(report.replaced) == 2
@@ -339,7 +368,9 @@ def test_bodies_of_checkpoints_are_judged(monkeypatch):
         got = outcomes(compiled, x)
     report = fastdl.report(compiled)
     assert {site.name.partition(" ")[0] for site in report.rolled_back} == {"one.norm", "two.norm"}
+    assert all(site.reason.startswith("output[0]: ") for site in report.rolled_back)
     assert len(report.replaced) == 4
+    assert all(site.after is not None for site in report.replaced)
     for ours, theirs in zip(got, outcomes(model, x), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 

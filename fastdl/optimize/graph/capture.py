@@ -1,5 +1,6 @@
 """The plan of a model's graphs: a copy of it is compiled, and nothing is put in."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,14 +44,20 @@ def plan_graphs(model: nn.Module, example_inputs: Any) -> Plan:
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Compilation that counts nothing against the user's, and learns no shape from it or for it."""
+    """Compilation that does not count against the user's, and learns no shape from it or for it."""
     from torch._dynamo import config
+    from torch._dynamo.pgo import get_code_state
 
-    many = 2**30
-    with config.patch(
-        recompile_limit=many,
-        accumulated_recompile_limit=many,
-        automatic_dynamic_shapes=False,
-        suppress_errors=False,
-    ):
-        yield
+    seen, many = get_code_state(), 2**30  # the sizes of each function's arguments
+    before = copy.deepcopy(seen)
+    try:
+        with config.patch(
+            recompile_limit=many,
+            accumulated_recompile_limit=many,
+            automatic_dynamic_shapes=False,
+            suppress_errors=False,
+        ):
+            yield
+    finally:
+        seen.clear()
+        seen.update(before)
