@@ -119,6 +119,18 @@ def test_frozen_weights_keep_no_input(fused, device):
     assert torch.equal(dx, sum(w.sum(0) for w in weights).expand(x.shape))
 
 
+def test_second_derivative_with_frozen_weights(device):
+    """Backward keeps no input then, and needs none."""
+    x, weights, _ = made(device=device)
+    for weight in weights:
+        weight.requires_grad_(False)
+    outputs = FF.linears(x, weights)
+    backs = [torch.ones_like(y, requires_grad=True) for y in outputs]
+    (dx,) = torch.autograd.grad(outputs, x, backs, create_graph=True)
+    for got, w in zip(torch.autograd.grad(dx.square().sum(), backs), weights, strict=True):
+        torch.testing.assert_close(got, 2 * dx.detach() @ w.T)
+
+
 def test_an_output_that_nobody_uses_costs_nothing(fused, device):
     x, weights, biases = made(device=device)
     leaves = [x, *weights, *biases]

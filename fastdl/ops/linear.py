@@ -68,16 +68,16 @@ def vendor(
 def _finish(
     z: Tensor, residual: Tensor | None, seed: Tensor | None, name: str, a: float, b: float, p: float
 ) -> Tensor:
-    y = dropout(apply_definition(z, name, a, b), seed, p, rows=rows_of(z))
+    y = dropout(apply_definition(z, name, a, b), seed, p, rows=_rows(z))
     return y if residual is None else y + residual
 
 
-def rows_of(x: Tensor) -> int:
+def _rows(x: Tensor) -> int:
     return math.prod(x.shape[:-1])  # numel() of a shape would fix it where it is symbolic
 
 
 def matrix(x: Tensor) -> Tensor:
-    return x.reshape(rows_of(x), x.shape[-1])
+    return x.reshape(_rows(x), x.shape[-1])
 
 
 def choose(
@@ -231,7 +231,7 @@ def _forward_gemm(
     keeps = keep and how.inside and residual is not None
     bias = None if scale is None else bias
     tail = (scale, bias, residual, seed, y, z if keeps else None)
-    launch_finish(z, 1, tail, Extent(1, rows_of(z), z.shape[-1]), options, how.inside)
+    launch_finish(z, 1, tail, Extent(1, _rows(z), z.shape[-1]), options, how.inside)
     return y, z if keep else z.new_empty(0)
 
 
@@ -287,7 +287,7 @@ def _decline(x: Tensor, weight: Tensor, *args: Any) -> Reason | None:
 
 def measured(x: Tensor, N: int) -> Reason | None:
     """Whether torch was measured faster at a product of x with N columns."""
-    tuned = _tuned.lookup("linear", x.dtype, (rows_of(x), N, x.shape[-1]), device_of(x))
+    tuned = _tuned.lookup("linear", x.dtype, (_rows(x), N, x.shape[-1]), device_of(x))
     return Reason.MEASURED if tuned is not None and tuned.variant == "torch" else None
 
 
