@@ -42,9 +42,10 @@ class Compiled:
 
     @property
     def replaced(self):
-        """How often each op was put into any of the graphs."""
+        """How often each op was put into any of the graphs; those joined in one are counted too."""
         sites = [site for gm in self.graphs for site in graph.sites(gm) if site.reason is None]
-        return Counter(site.op.partition("_of_")[0] for site in sites)
+        joined = sum(len(site.pattern.split("|")) for site in sites if site.op == "linears")
+        return Counter(site.op for site in sites) + Counter({"linear": joined})
 
     @property
     def reasons(self):

@@ -13,17 +13,18 @@ from test_models import MODELS, marked, move
 # How many calls of each op the graphs have at the least, in training.
 LLAMA = {
     "embedding": 1, "rms_norm": 5, "linear": 8, "apply_rotary_emb": 4, "gated_mlp": 2,
-    "scaled_dot_product_attention": 2,
+    "scaled_dot_product_attention": 2, "linears": 2,
 }  # fmt: skip
 FUSED = {
     "gpt2": {
-        "embedding": 2, "layer_norm": 5, "activation": 2, "scaled_dot_product_attention": 2,
+        "embedding": 2, "layer_norm": 5, "linear": 9, "scaled_dot_product_attention": 2,
         "cross_entropy": 1,
     },
     "llama": LLAMA,
     "qwen3": {**LLAMA, "rms_norm": 9},
     "gemma2": {
         "embedding": 1, "rms_norm": 9, "linear": 8, "apply_rotary_emb": 4, "gated_mlp": 2,
+        "scaled_dot_product_attention": 2,
     },
     "mixtral": {
         "embedding": 1, "rms_norm": 5, "linear": 10, "apply_rotary_emb": 4, "glu": 2,
@@ -61,7 +62,7 @@ FUSED = {
     },
     "dit": {"conv2d": 1, "linear": 22, "layer_norm": 5, "scaled_dot_product_attention": 2},
     "transformer": {"multi_head_attention_forward": 2, "layer_norm": 4, "linear": 4},
-    "lstm": {"embedding": 1, "lstm": 1, "linear": 1},
+    "lstm": {"embedding": 1, "lstm": 1, "linear_cross_entropy": 1},
     "resnet": {"conv2d": 6, "batch_norm": 6, "linear": 1},
     "autoencoder": {"conv2d": 2, "conv_transpose2d": 2},
 }  # fmt: skip
