@@ -156,7 +156,7 @@ FAMILIES = {
     "t5, gated": Family(Size(T5(feed_forward_proj="gated-gelu", **SMALL_T5), of_text())),
     "vit": Family(
         Size(VIT(**SMALL_BERT, **SMALL_IMAGE), classified(2, 16, 2)),
-        Size(VIT(num_labels=1000), classified(64, 224, 1000)),
+        Size(VIT(num_labels=1000, problem_type="single_label_classification"), classified(64, 224, 1000)),
     ),
     "whisper": Family(
         Size(WHISPER(**SMALL_WHISPER), spoken(2, 8, 64, 5, WORDS)),
