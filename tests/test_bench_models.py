@@ -279,6 +279,9 @@ def test_rows_go_on_in_another_process_after_one_that_spoiled_it(stage, tmp_path
     assert stage[2:] == ["last", "fails"]  # what failed comes last
     assert gpu.run_stage("models", context(), store()) == 0
     assert len(stage) == 4
+    # nothing new is left to be harmed
+    assert gpu.run_stage("models", context(again=True), store()) == 0
+    assert stage[4:] == ["fails", "spoils", "last"]
 
 
 def test_a_row_that_was_begun_and_killed_comes_last(stage, tmp_path, monkeypatch):
