@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdl
-from bench.families import Family, MissingLibrary, Size
+from bench.families import Family, MissingLibrary, Size, loaded
 from bench.interleave import host_timer, interleave, summarize
 from bench.machine import Host
 from bench.marks import line
@@ -196,7 +196,7 @@ def measure(
     row |= {
         "ok": not any(name in refused for name in OURS), "training": case.training, "proof": how,
         "dtype": str(dtype).removeprefix("torch."), "refused": refused,
-        "contenders": {name: one.facts for name, one in ready.items()},
+        "contenders": {name: one.facts for name, one in ready.items()}, "libraries": loaded(),
     }  # fmt: skip
     return {**row, "says": line(row)}
 
@@ -273,6 +273,7 @@ def _contender(form: Form, step: Step, proving: Proving) -> "Ready | str":
         "sites": len(sites),
         "graphs": counters["stats"]["unique_graphs"],
         "breaks": sum(counters["graph_break"].values()),
+        "breaks_at": [why.splitlines()[0] for why in counters["graph_break"]],
         "first_s": time.monotonic() - begun,
         "error": {"before": before, "after": after, "allowed": allowed},
         "judge_is_fp64": proof.judge_is_fp64,

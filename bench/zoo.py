@@ -61,6 +61,8 @@ SMALL_BERT = {
 }  # fmt: skip
 LARGE_BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SMALL_IMAGE = {"image_size": 16, "patch_size": 4}
+# said here, or the model finds it at its first call, and is compiled anew
+LARGE_VIT = {"num_labels": 1000, "problem_type": "single_label_classification"}
 SMALL_T5 = {
     "d_model": WIDTH, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 2, "vocab_size": WORDS,
     "decoder_start_token_id": 0,
@@ -156,7 +158,7 @@ FAMILIES = {
     "t5, gated": Family(Size(T5(feed_forward_proj="gated-gelu", **SMALL_T5), of_text())),
     "vit": Family(
         Size(VIT(**SMALL_BERT, **SMALL_IMAGE), classified(2, 16, 2)),
-        Size(VIT(num_labels=1000), classified(64, 224, 1000)),
+        Size(VIT(**LARGE_VIT), classified(64, 224, 1000)),
     ),
     "whisper": Family(
         Size(WHISPER(**SMALL_WHISPER), spoken(2, 8, 64, 5, WORDS)),
