@@ -15,6 +15,7 @@ from .ops import (  # noqa: F401 - these fill the list of what people write
     glu_spellings as _glu_spellings,
     rnn_spellings as _rnn_spellings,
     softmax_spellings as _softmax_spellings,
+    transformer_spellings as _transformer_spellings,
 )
 from .ops.activation import activation as activation, dropout as dropout
 from .ops.activation_functions import (

@@ -193,3 +193,24 @@ def test_in_a_module_of_torch():
         compiled(x, x, x, need_weights=False), layer(x, x, x, need_weights=False)
     )
     assert [site.op for site in graph.last_report()] == ["multi_head_attention_forward"]
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_in_a_layer_that_torch_computes_in_one_call(norm_first, activation, fused):
+    layer = nn.TransformerEncoderLayer(
+        16, 2, 24, activation=activation, norm_first=norm_first, batch_first=True
+    ).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():  # biases and shifts are zero when they are made
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        x = torch.randn(2, 20, 16)
+        compiled = Compiled(layer)
+        torch.testing.assert_close(compiled(x), layer(x), atol=1e-5, rtol=1e-4)
+        assert compiled.calls == ["encoder_layer"]
+        # with a mask it is torch's
+        hidden = torch.zeros(20, 20).bool().triu(1)
+        hidden[0, 1:] = True
+        compiled = Compiled(layer)
+        torch.testing.assert_close(compiled(x, hidden), layer(x, hidden), atol=1e-5, rtol=1e-4)
+        assert compiled.fused == []
