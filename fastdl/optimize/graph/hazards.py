@@ -205,7 +205,7 @@ def _targets(node: Node, calls: Calls) -> Any:
         targets.append(given.get("weight"))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     of_python = name == "setitem" or name.startswith(("__i", "__set"))
-    if of_python or (name.endswith("_") if call is None else call.inplace):
+    if of_python or (call is not None and call.inplace):
         targets += [node.args[:1], given.get("input")]
     return targets
 
