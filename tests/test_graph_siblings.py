@@ -275,12 +275,14 @@ def test_transforms_are_left_to_torch():
 # Models.
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize(
+    "kind", ["Llama", *(pytest.param(k, marks=pytest.mark.slow) for k in ("Qwen2", "Qwen3"))]
+)
 def test_models_of_transformers(kind):
     """Without biases, with them, and with queries that are normed first; fewer heads of keys."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 4, "vocab_size": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
     config = getattr(transformers, f"{kind}Config")(**sizes, **heads)
     model = getattr(transformers, f"{kind}Model")(config)
     ids = torch.randint(0, 32, (2, 6))
@@ -291,6 +293,6 @@ def test_models_of_transformers(kind):
         grads.append(torch.autograd.grad(out.sin().sum(), model.parameters()))
     for got, wanted in zip(*grads, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-3)
-    assert joined(compiled) == [(3, None)] * 2
+    assert joined(compiled) == [(3, None)]
     names = [s.name for s in graph.last_report() if s.op == "linears"]
     assert all("self_attn.q_proj" in name for name in names)
