@@ -80,8 +80,9 @@ def test_plan_leaves_no_trace():
     graphs = len(fastdl.report(user).compiled.graphs)
     model.load_state_dict(state)
     torch.set_rng_state(seed)
-    fastdl.plan(model, x, engine="graph")
-    fastdl.plan(user, x, engine="graph")
+    with fastdl.policy("definition"):
+        fastdl.plan(model, x, engine="graph")
+        fastdl.plan(user, x, engine="graph")
     assert torch.equal(torch.get_rng_state(), seed)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     assert torch.equal(model.blocks[0].fc.weight.grad, torch.ones(8, 8))
@@ -136,7 +137,8 @@ def test_a_planted_fault_is_in_the_plan(monkeypatch):
 
 
 def test_the_page_and_the_tree():
-    plan = fastdl.plan(Broken(), torch.randn(5, 8), engine="graph")
+    with fastdl.policy("definition"):
+        plan = fastdl.plan(Broken(), torch.randn(5, 8), engine="graph")
     page = plan.to_html()
     assert "test_graph_plan.py:" in page
     line = next(part for part in page.split("<details") if 'data-path="blocks.' in part)
@@ -228,7 +230,8 @@ def test_what_is_recorded_keeps_no_model_alive():
 
 
 def test_dump():
-    text = fastdl.plan(Broken(), torch.randn(5, 8), engine="graph").dump
+    with fastdl.policy("definition"):
+        text = fastdl.plan(Broken(), torch.randn(5, 8), engine="graph").dump
     lines = [line.strip() for line in text.splitlines()]
     assert any(line.startswith("given blocks.0.fc.weight") for line in lines)
     call, _, kind = next(line for line in lines if line.startswith("* ")).partition("  # ")

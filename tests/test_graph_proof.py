@@ -420,7 +420,7 @@ def test_two_graphs_around_a_break(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "then", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    "then", ["eager", *(pytest.param(n, marks=pytest.mark.slow) for n in ("aot_eager", "inductor"))]
 )
 def test_then_with_verify(then, monkeypatch):
     plant(monkeypatch, "layer_norm", other_eps)
