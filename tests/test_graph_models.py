@@ -118,6 +118,7 @@ def test_training_with_inductor(name, device):
 INFERENCE = {
     **{name: {op: n for op, n in ops.items() if op != "batch_norm"} for name, ops in FUSED.items()},
     "transformer": {"multi_head_attention_forward": 2},
+    "t5, gated": {**FUSED["t5, gated"], "gated_mlp": 4},
 }
 
 

@@ -30,6 +30,10 @@ def neighbours(x):
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
+def neighbours_of_heads(x):
+    return torch.stack((-x[:, :, :, 1::2], x[:, :, :, ::2]), dim=-1).flatten(-2)
+
+
 def apply_to_both(q, k, cos, sin, rotate=halves, unsqueeze_dim=1):
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return (q * cos) + (rotate(q) * sin), (k * cos) + (rotate(k) * sin)
@@ -110,6 +114,7 @@ def widened(x, cos, sin):
         (sin_first, torch.bfloat16, {}),
         (lambda x, c, s: (x * c) + (chunks(x) * s), torch.bfloat16, {}),
         (lambda x, c, s: x.mul(c).add(neighbours(x) * s), torch.float32, {"interleaved": True}),
+        (lambda x, c, s: x * c + neighbours_of_heads(x) * s, torch.float32, {"interleaved": True}),
         (lambda x, c, s: (x * c + halves(x) * s).type_as(x), torch.float16, {}),
         (widened, torch.bfloat16, {}),
         (widened, torch.float32, {}),

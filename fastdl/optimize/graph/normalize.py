@@ -90,7 +90,19 @@ def normalize(node: Node) -> Call | None:
     arguments = map_aggregate(arguments, constant)
     if op in _TRANSPOSES and not inplace:
         return _transpose(*arguments.values())
+    if node.target is operator.getitem:
+        source, index = node.args
+        return Call(op, {"input": source, "index": _last_alone(source, index)}, {}, False)
     return Call(op, arguments, defaults, inplace)
+
+
+def _last_alone(source: Any, index: Any) -> Any:
+    """x[..., i] for x[:, :, i] of three dimensions."""
+    rank = getattr(value(source), "ndim", None) if isinstance(source, Node) else None
+    if not isinstance(index, tuple) or len(index) != rank:
+        return index
+    *before, last = index
+    return (..., last) if all(i == slice(None) for i in before) else index
 
 
 def _transpose(x: Any, *dims: Any) -> Call | None:
