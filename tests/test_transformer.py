@@ -57,9 +57,15 @@ LAYER_MASKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("masks", LAYER_MASKS)
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    ("batch_first", "masks"),
+    [
+        pytest.param(first, masks, marks=[] if first or masks == "both" else pytest.mark.slow)
+        for first in (False, True)
+        for masks in LAYER_MASKS
+    ],
+)
 def test_an_encoder_layer(batch_first, norm_first, masks, form, device):
     theirs = encoder_layer(batch_first=batch_first, norm_first=norm_first).to(device)
     x = torch.randn(*((N, L) if batch_first else (L, N)), E, device=device)
@@ -189,8 +195,18 @@ CHILDREN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [_hook, _pre_hook, _own_forward, _wrap, _parametrize])
-@pytest.mark.parametrize("make, name", CHILDREN)
+CHANGES = [_hook, _pre_hook, _own_forward, _wrap, _parametrize]
+
+
+def changed_children():
+    """Each child in quick tests once, each change several times; the others are slow."""
+    for i, (make, name) in enumerate(CHILDREN):
+        for j, change in enumerate(CHANGES):
+            marks = pytest.mark.slow if (i + j) % len(CHANGES) else []
+            yield pytest.param(make, name, change, marks=marks)
+
+
+@pytest.mark.parametrize(("make", "name", "change"), list(changed_children()))
 def test_a_changed_child_is_called(make, name, change, device):
     # copies of torch's decoder layer lose an activation that is a module
     activation = nn.GELU() if make is encoder_layer else "gelu"

@@ -146,11 +146,17 @@ SPELLINGS.extend(
 )
 
 # As the definition has it, so that keys need not be transposed.
-SPELLINGS.append(
-    Spelling(
-        lambda q, k, v, by: torch.softmax((q @ k.transpose(-2, -1)) * by, -1) @ v,
-        lambda q, k, v, by: partial(scaled_dot_product_attention, q, k, v, scale=by),
-    )
+SPELLINGS.extend(
+    [
+        Spelling(
+            lambda q, k, v, by: torch.softmax((q @ k.transpose(-2, -1)) * by, -1) @ v,
+            lambda q, k, v, by: partial(scaled_dot_product_attention, q, k, v, scale=by),
+        ),
+        Spelling(
+            lambda q, k, v: torch.softmax(q @ k.transpose(-2, -1), -1) @ v,
+            lambda q, k, v: partial(scaled_dot_product_attention, q, k, v, scale=1.0),
+        ),
+    ]
 )
 
 
