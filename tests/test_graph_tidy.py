@@ -130,6 +130,24 @@ def test_a_copy_that_is_returned_stays():
     assert compiled.calls == ["truediv", "view"]
 
 
+def test_a_copy_of_what_the_caller_has_stays():
+    """The caller may write to it before backward runs."""
+
+    def f(x):
+        h = x.cos()
+        return (x * 1.0).sin(), (h / 1.0).exp(), h
+
+    compiled = check_same(f, *tensors((3, 8)))
+    assert compiled.calls == ["cos", "mul", "sin", "truediv", "exp"]
+    x = torch.randn(3, requires_grad=True)
+    y = x + 0
+    out = compiled(y)[0]
+    with torch.no_grad():
+        y.zero_()
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, x.cos())
+
+
 def test_a_view_for_no_grad_stays():
     def f(x):
         with torch.no_grad():

@@ -16,32 +16,35 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .hazards import UnknownStorage, storages, written
 from .normalize import Call, Calls, constant, lineage, normalize, value
 
-# Functions that return their input, or a view that is all of it, where there is nothing to do.
-_DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"}
-_RETURNS_INPUT = frozenset(
-    {"to", "contiguous", "alpha_dropout", "feature_alpha_dropout"} | _DROPOUTS
-)
+# Functions that return their input where there is nothing to do, or a view that is all of it.
+_DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"})
+_RETURNS_INPUT = _DROPOUTS | {"to", "contiguous"}
 _VIEWS = frozenset(
     {"view", "reshape", "flatten", "unflatten", "expand", "expand_as", "view_as", "squeeze"}
 )
 
 _TRANSPOSES = frozenset({"t", "transpose", "permute"})
-
-
 _PRODUCTS = frozenset({"addmm", "matmul", "mm", "linear"})
-_REPLACED = (
-    _RETURNS_INPUT | _VIEWS | _TRANSPOSES | _PRODUCTS
-    | {"mul", "div", "add", "getitem", "unsqueeze"}
-)  # fmt: skip
+_SCALINGS = frozenset({"mul", "div"})
+_REPLACED = _RETURNS_INPUT | _VIEWS | _TRANSPOSES | _PRODUCTS | _SCALINGS
+_REPLACED |= {"add", "getitem", "unsqueeze"}
 
 
 def tidy(graph: Graph) -> None:
     """Bring a graph to the form that spellings are written in."""
     writes = [written(node, Calls()) for node in graph.nodes]
+    others = [value(n) for node in graph.nodes for n in _shared(node)]
     # from the last to the first: what a call returned is told by the memory of its input
-    _apply((_nothing, partial(_times_one, writes=writes)), list(reversed(graph.nodes)))
+    _apply((_nothing, partial(_times_one, seen=[*writes, others])), list(reversed(graph.nodes)))
     _apply((_product, _bias, _repeat), list(graph.nodes))
     clean(graph)
+
+
+def _shared(node: Node) -> list[Node]:
+    """What the caller has too: inputs, and outputs."""
+    if node.op == "output":
+        return node.all_input_nodes
+    return [node] if node.op in ("placeholder", "get_attr") else []
 
 
 def _apply(rules: Sequence[Callable[[Node, Call], Node | None]], nodes: list[Node]) -> None:
@@ -117,24 +120,22 @@ def _equal(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
-def _times_one(node: Node, call: Call, writes: Any) -> Node | None:
-    """x / 1.0 is a copy: it may go where nobody writes to either, and the caller gets neither."""
+def _times_one(node: Node, call: Call, seen: Sequence[Any]) -> Node | None:
+    """x / 1.0 is a copy: it may go where nobody writes to either, and the caller has neither."""
     source, other = call.arguments.get("input"), call.arguments.get("other")
     if call.op == "mul" and isinstance(other, Node):
         source, other = other, source
-    if call.op not in ("mul", "div") or not isinstance(source, Node):
+    if call.op not in _SCALINGS or not isinstance(source, Node) or None in seen:
         return None
     if type(other) not in (int, float) or other != 1 or call.arguments.get("rounding_mode"):
         return None
     x, y = value(source), value(node)
-    alike = isinstance(x, Tensor) and x.dtype == y.dtype and x.requires_grad == y.requires_grad
-    if not alike or any(user.op == "output" for user in node.users) or None in writes:
+    if not isinstance(x, Tensor) or x.dtype != y.dtype or x.requires_grad != y.requires_grad:
         return None
     try:
-        touched = storages(writes) & storages((x, y))
+        return None if storages(seen) & storages((x, y)) else source
     except UnknownStorage:
         return None
-    return None if touched else source
 
 
 def _product(node: Node, call: Call) -> Node | None:
