@@ -86,7 +86,7 @@ def _names(gm: GraphModule, inputs: Sequence[str] | None) -> dict[Node, str]:
     """What each node is called: an input as the user calls it, a fused call as what it gives."""
     names = {node: node.name for node in gm.graph.nodes}
     for node in gm.graph.nodes:
-        if REPLACES in node.meta:
+        if REPLACES in node.meta and not isinstance(value(node), tuple):
             names[node] = node.meta[REPLACES][-1]
     placeholders = gm.graph.find_nodes(op="placeholder")
     known = inputs if inputs is not None else [qualified(node) for node in placeholders]
