@@ -139,7 +139,7 @@ FAMILIES = {
             of_transformers("Wav2Vec2Model", "Wav2Vec2Config")(
                 conv_dim=[16, 16], conv_stride=[5, 2], conv_kernel=[10, 3],
                 num_feat_extract_layers=2, num_conv_pos_embeddings=8,
-                num_conv_pos_embedding_groups=2, mask_time_prob=0.0, **SMALL_BERT,
+                num_conv_pos_embedding_groups=2, mask_time_prob=0.0, layerdrop=0.0, **SMALL_BERT,
             ),
             images(2, 100),
         )

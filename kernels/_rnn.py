@@ -41,6 +41,31 @@ def store_gates(ptr, rows, cols, mask, H, a, b, c, d, GATES: tl.constexpr):
 
 
 @triton.jit
+def load_weights(w_ptr, offsets, mask, gate, GATES: tl.constexpr):
+    """Up to four tiles of weights, `gate` apart, in their own dtype; as of load_gates."""
+    w0 = tl.load(w_ptr + offsets, mask=mask, other=0.0)
+    w1, w2, w3 = w0, w0, w0
+    if GATES >= 3:
+        w1 = tl.load(w_ptr + offsets + gate, mask=mask, other=0.0)
+        w2 = tl.load(w_ptr + offsets + 2 * gate, mask=mask, other=0.0)
+    if GATES == 4:
+        w3 = tl.load(w_ptr + offsets + 3 * gate, mask=mask, other=0.0)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def add_products(acc, d0, d1, d2, d3, w0, w1, w2, w3, GATES: tl.constexpr, PRECISION: tl.constexpr):
+    """acc and the products of all gates."""
+    acc = tl.dot(d0.to(w0.dtype), w0, acc, input_precision=PRECISION)
+    if GATES >= 3:
+        acc = tl.dot(d1.to(w0.dtype), w1, acc, input_precision=PRECISION)
+        acc = tl.dot(d2.to(w0.dtype), w2, acc, input_precision=PRECISION)
+    if GATES == 4:
+        acc = tl.dot(d3.to(w0.dtype), w3, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def cell(
     x0, x1, x2, x3, p0, p1, p2, p3, h, c, y_ptr, c_ptr, gates_ptr, rows, cols, mask, H,
     MODE: tl.constexpr,

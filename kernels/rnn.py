@@ -8,7 +8,7 @@ whose programs walk all steps of a tile of rows with the weight on the chip.
 import triton
 import triton.language as tl
 
-from ._rnn import cell, cell_bwd, load, load_gates
+from ._rnn import add_products, cell, cell_bwd, load, load_gates, load_weights
 
 
 @triton.jit
@@ -171,14 +171,9 @@ def rnn_walk_fwd(
         c = load(c0_ptr, state, mask)
 
     in_w = (cols < H)[:, None] & in_h
-    w_ptrs = w_ptr + cols[None, :] * H + cols[:, None]
-    w0 = tl.load(w_ptrs, mask=in_w, other=0.0)
-    w1, w2, w3 = w0, w0, w0
-    if GATES >= 3:
-        w1 = tl.load(w_ptrs + H * H, mask=in_w, other=0.0)
-        w2 = tl.load(w_ptrs + 2 * H * H, mask=in_w, other=0.0)
-    if GATES == 4:
-        w3 = tl.load(w_ptrs + 3 * H * H, mask=in_w, other=0.0)
+    w0, w1, w2, w3 = load_weights(
+        w_ptr, cols[None, :] * H + cols[:, None], in_w, H * H, GATES
+    )  # fmt: skip
     zeros = tl.zeros((BLOCK_B, BLOCK_H), dtype=tl.float32)
     b0, b1, b2 = zeros, zeros, zeros
     if b_ptr is not None:
@@ -232,14 +227,9 @@ def rnn_walk_bwd(
         dc = load(dcn_ptr, state, mask)
 
     in_w = (cols < H)[:, None] & in_h
-    w_ptrs = w_ptr + cols[:, None] * H + cols[None, :]
-    w0 = tl.load(w_ptrs, mask=in_w, other=0.0)
-    w1, w2, w3 = w0, w0, w0
-    if GATES >= 3:
-        w1 = tl.load(w_ptrs + H * H, mask=in_w, other=0.0)
-        w2 = tl.load(w_ptrs + 2 * H * H, mask=in_w, other=0.0)
-    if GATES == 4:
-        w3 = tl.load(w_ptrs + 3 * H * H, mask=in_w, other=0.0)
+    w0, w1, w2, w3 = load_weights(
+        w_ptr, cols[:, None] * H + cols[None, :], in_w, H * H, GATES
+    )  # fmt: skip
 
     c, n = dh, tl.cast(B, tl.int64) * 0
     for step in range(T):
@@ -267,12 +257,7 @@ def rnn_walk_bwd(
             first + rows, cols, active, H,
             MODE,
         )  # fmt: skip
-        dh_new = tl.dot(d0.to(w0.dtype), w0, dh_new, input_precision=PRECISION)
-        if GATES >= 3:
-            dh_new = tl.dot(d1.to(w0.dtype), w1, dh_new, input_precision=PRECISION)
-            dh_new = tl.dot(d2.to(w0.dtype), w2, dh_new, input_precision=PRECISION)
-        if GATES == 4:
-            dh_new = tl.dot(d3.to(w0.dtype), w3, dh_new, input_precision=PRECISION)
+        dh_new = add_products(dh_new, d0, d1, d2, d3, w0, w1, w2, w3, GATES, PRECISION)
         dh = tl.where(active, dh_new, dh)
         dc = tl.where(active, dc_new, dc)
 

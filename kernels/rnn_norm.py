@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ._math import tanh
-from ._rnn import load, load_gates, store_gates
+from ._rnn import add_products, load, load_gates, load_weights, store_gates
 
 
 @triton.jit
@@ -44,12 +44,42 @@ def products(a, w0, w1, w2, w3, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_weights(w_ptr, ptrs, mask, gate):
-    """The weights of the four gates."""
-    w0 = tl.load(w_ptr + ptrs, mask=mask, other=0.0)
-    w1 = tl.load(w_ptr + ptrs + gate, mask=mask, other=0.0)
-    w2 = tl.load(w_ptr + ptrs + 2 * gate, mask=mask, other=0.0)
-    return w0, w1, w2, tl.load(w_ptr + ptrs + 3 * gate, mask=mask, other=0.0)
+def through_norm(dy, x_hat, rstd, H):
+    """The gradient of what is normalized; in lanes past the end dy and x_hat are 0."""
+    along = tl.sum(dy * x_hat, axis=1)[:, None] / H
+    return rstd * (dy - tl.sum(dy, axis=1)[:, None] / H - x_hat * along)
+
+
+@triton.jit
+def through_norm4(d0, d1, d2, d3, hat_ptr, rstd, rows, cols, mask, H):
+    """Likewise of four tiles that are normalized together, with anything in lanes past the end."""
+    p0, p1, p2, p3 = load_gates(hat_ptr, rows, cols, mask, H, 4)
+    d0, d1 = tl.where(mask, d0, 0.0), tl.where(mask, d1, 0.0)
+    d2, d3 = tl.where(mask, d2, 0.0), tl.where(mask, d3, 0.0)
+    mean = sum4(d0, d1, d2, d3) / (4 * H)
+    along = sum4(d0 * p0, d1 * p1, d2 * p2, d3 * p3) / (4 * H)
+    d0, d1 = rstd * (d0 - mean - p0 * along), rstd * (d1 - mean - p1 * along)
+    return d0, d1, rstd * (d2 - mean - p2 * along), rstd * (d3 - mean - p3 * along)
+
+
+@triton.jit
+def add_rows(ptr, offsets, mask, tile):
+    """Add the sum of a tile's rows to what lies there."""
+    tl.store(ptr + offsets, tl.sum(tile, axis=0) + load(ptr, offsets, mask), mask=mask)
+
+
+@triton.jit
+def norm_cell_bwd(
+    dh, dc, c_hat, c_old, i, f, g, o, c_rstd, c_weight, c_bias, mask, H,
+):  # fmt: skip
+    """Gradients of the gates, of the new c with that through h, and of the old c."""
+    tanh_c = tanh(c_hat * c_weight + c_bias)
+    d3 = dh * tanh_c * o * (1.0 - o)
+    dc = tl.where(mask, dc + dh * o * (1.0 - tanh_c * tanh_c), 0.0)
+    du = through_norm(dc * c_weight, c_hat, c_rstd, H)
+    d0 = du * g * i * (1.0 - i)
+    d1 = du * c_old * f * (1.0 - f)
+    return d0, d1, du * i * (1.0 - g * g), d3, dc, du * f
 
 
 @triton.jit(do_not_specialize=["begin", "end"])
@@ -74,7 +104,7 @@ def norm_lstm_fwd(
     zeros = tl.zeros((BLOCK_B, BLOCK_H), dtype=tl.float32)
     if w_ptr is not None:
         in_w = (cols < H)[:, None] & in_h
-        w0, w1, w2, w3 = load_weights(w_ptr, cols[None, :] * H + cols[:, None], in_w, H * H)
+        w0, w1, w2, w3 = load_weights(w_ptr, cols[None, :] * H + cols[:, None], in_w, H * H, 4)
 
     for step in range(begin, end):
         t = T - 1 - step if REVERSE else step
@@ -134,7 +164,7 @@ def norm_lstm_bwd(
     dbias = dweight
     if w_ptr is not None:
         in_w = (cols < H)[:, None] & in_h
-        w0, w1, w2, w3 = load_weights(w_ptr, cols[:, None] * H + cols[None, :], in_w, H * H)
+        w0, w1, w2, w3 = load_weights(w_ptr, cols[:, None] * H + cols[None, :], in_w, H * H, 4)
 
     for step in range(begin, end):
         t = step if REVERSE else T - 1 - step
@@ -148,44 +178,26 @@ def norm_lstm_bwd(
         else:
             c_old = load(c0_ptr, state, mask)
         dh += load(dy_ptr, out, mask)
-        tanh_c = tanh(c_hat * c_weight + c_bias)
-        d3 = dh * tanh_c * o * (1.0 - o)
-        dc = tl.where(mask, dc + dh * o * (1.0 - tanh_c * tanh_c), 0.0)
-        dbias += dc
-        dweight += dc * c_hat
-
         c_rstd = tl.load(rstd_ptr + 2 * at[:, None] + 1, mask=(rows < B)[:, None], other=0.0)
-        du = dc * c_weight
-        along = tl.sum(du * c_hat, axis=1)[:, None] / H
-        du = c_rstd * (du - tl.sum(du, axis=1)[:, None] / H - c_hat * along)
-        d0 = du * g * i * (1.0 - i)
-        d1 = du * c_old * f * (1.0 - f)
-        d2 = du * i * (1.0 - g * g)
-        dc = du * f
+        d0, d1, d2, d3, dc_new, dc = norm_cell_bwd(
+            dh, dc, c_hat, c_old, i, f, g, o, c_rstd, c_weight, c_bias, mask, H
+        )  # fmt: skip
+        dbias += dc_new
+        dweight += dc_new * c_hat
         store_gates(d_ptr, at, cols, mask, H, d0, d1, d2, d3, 4)
 
-        d0, d1, d2, d3 = d0 * g0, d1 * g1, d2 * g2, d3 * g3
-        d0, d1 = tl.where(mask, d0, 0.0), tl.where(mask, d1, 0.0)
-        d2, d3 = tl.where(mask, d2, 0.0), tl.where(mask, d3, 0.0)
-        p0, p1, p2, p3 = load_gates(p_hat_ptr, at, cols, mask, H, 4)
         rstd = tl.load(rstd_ptr + 2 * at[:, None], mask=(rows < B)[:, None], other=0.0)
-        mean = sum4(d0, d1, d2, d3) / (4 * H)
-        along = sum4(d0 * p0, d1 * p1, d2 * p2, d3 * p3) / (4 * H)
-        d0, d1 = rstd * (d0 - mean - p0 * along), rstd * (d1 - mean - p1 * along)
-        d2, d3 = rstd * (d2 - mean - p2 * along), rstd * (d3 - mean - p3 * along)
+        d0, d1, d2, d3 = through_norm4(
+            d0 * g0, d1 * g1, d2 * g2, d3 * g3, p_hat_ptr, rstd, at, cols, mask, H
+        )  # fmt: skip
         store_gates(dp_ptr, at, cols, mask, H, d0, d1, d2, d3, 4)
         if w_ptr is not None:
             # lanes past the end meet weights of 0
             dh = tl.zeros((BLOCK_B, BLOCK_H), dtype=tl.float32)
-            dh = tl.dot(d0.to(w0.dtype), w0, dh, input_precision=PRECISION)
-            dh = tl.dot(d1.to(w0.dtype), w1, dh, input_precision=PRECISION)
-            dh = tl.dot(d2.to(w0.dtype), w2, dh, input_precision=PRECISION)
-            dh = tl.dot(d3.to(w0.dtype), w3, dh, input_precision=PRECISION)
+            dh = add_products(dh, d0, d1, d2, d3, w0, w1, w2, w3, 4, PRECISION)
 
     tl.store(dh_ptr + state, dh, mask=mask)
     tl.store(dc_ptr + state, dc, mask=mask)
     sums = tl.program_id(0).to(tl.int64) * 2 * H + cols
-    dweight_sum = tl.sum(dweight, axis=0) + load(sums_ptr, sums, cols < H)
-    tl.store(sums_ptr + sums, dweight_sum, mask=cols < H)
-    dbias_sum = tl.sum(dbias, axis=0) + load(sums_ptr, sums + H, cols < H)
-    tl.store(sums_ptr + sums + H, dbias_sum, mask=cols < H)
+    add_rows(sums_ptr, sums, cols < H, dweight)
+    add_rows(sums_ptr, sums + H, cols < H, dbias)

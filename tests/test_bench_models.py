@@ -1,6 +1,5 @@
 """Rows of whole models in the benchmark, without a GPU: who is timed, who is refused, the marks."""
 
-import argparse
 import json
 import sys
 import types
@@ -15,6 +14,7 @@ from bench.zoo import DECODE, FAMILIES
 from torch import nn
 
 import fastdl
+from test_bench import context
 
 CASES = {case.name: case for case in models.cases()}
 PLAIN = {"eager", "modules", "graph"}
@@ -243,11 +243,6 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path, capsys):
     store = Store(tmp_path, "models", {})
     assert gpu.run_stage("models", context(), store) == gpu.UNFINISHED
     assert not store.done("unet") and "diffusers is not installed" in capsys.readouterr().out
-
-
-def context(**options):
-    given = {"minutes": 1, "again": False, "no_compile": True, "stage": None, **options}
-    return gpu.Context(Host(), argparse.Namespace(**given))
 
 
 @pytest.fixture

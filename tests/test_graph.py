@@ -172,6 +172,14 @@ def test_other_spellings(name, write):
     assert "residual" in call.kwargs
 
 
+def test_ops_that_are_one_call_of_torch():
+    x, w, g, b = tensors((2, 4, 9), (4, 1, 3), (4,), (4,))
+    compiled = check_same(lambda x, g, b: F.relu(F.instance_norm(x, None, None, g, b)), x, g, b)
+    assert compiled.calls == ["instance_norm"]
+    causal = check_same(lambda x, w, b: F.silu(F.conv1d(x, w, b, 1, 2, 1, 4)[:, :, :9]), x, w, b)
+    assert causal.calls == ["causal_conv1d"]
+
+
 def test_another_constant_is_another_function():
     def f(x, w):
         h = F.linear(x, w)

@@ -104,11 +104,8 @@ def test_training(name, device):
     check_counts(prove(model.train(), x), FUSED[name])
 
 
-# Each compiles for a minute or so.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "resnet", "transformer", "autoencoder of diffusion", "whisper"]
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_training_with_inductor(name, device):
     model, x = made(name, device)
     check_counts(prove(model.train(), x, then="inductor"), FUSED[name])

@@ -212,10 +212,16 @@ def named(names: Iterable[str], pattern: Callable[..., Any]) -> Callable[..., An
     return pattern
 
 
-def same_call(torchs: Callable[..., Any], ours: Callable[..., Any]) -> Spelling:
-    """torch's function, with all of its arguments, and ours, which has the same."""
-    pattern = named(inspect.signature(torchs).parameters, lambda *args: torchs(*args))
-    return Spelling(pattern, lambda **given: partial(ours, **given))
+def same_call(
+    torchs: Callable[..., Any], ours: Callable[..., Any], names: Iterable[str] | None = None
+) -> Spelling:
+    """torch's function, with all of its arguments, and ours, which has the same. `names` are those
+    of a function of torch's that does not tell them.
+    """
+    names = inspect.signature(torchs).parameters if names is None else names
+    return Spelling(
+        named(names, lambda *args: torchs(*args)), lambda **given: partial(ours, **given)
+    )
 
 
 class Op(NamedTuple):

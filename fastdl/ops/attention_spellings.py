@@ -46,11 +46,16 @@ def attention(
     if hidden is not None:
         mask = ~hidden if fill == float("-inf") else torch.where(hidden, fill, 0.0)
     key, p = key.transpose(-2, -1) if columns else key, dropout_p if training else 0.0
-    if groups != 1 and not (key.dim() == 4 and key.shape[1] * groups == query.shape[1]):
-        raise RuntimeError(f"{groups} heads to each of {tuple(key.shape)} for {tuple(query.shape)}")
+    if groups != 1:
+        _insist_on_groups(query, key, groups)
     return scaled_dot_product_attention(
         query, key, value, mask, p, scale=scale, enable_gqa=groups != 1, softcap=softcap
     )
+
+
+def _insist_on_groups(query: Tensor, key: Tensor, groups: int) -> None:
+    if key.dim() != 4 or key.shape[1] * groups != query.shape[1]:
+        raise RuntimeError(f"{groups} heads to each of {tuple(key.shape)} for {tuple(query.shape)}")
 
 
 Step = Callable[..., Any]
@@ -184,8 +189,7 @@ def attention_of_groups(
     is_causal: bool, scale: float | None, groups: int,
 ) -> Tensor:  # fmt: skip
     """Attention in which each head of keys and values serves `groups` heads of queries."""
-    if key.dim() != 4 or key.shape[1] * groups != query.shape[1]:
-        raise RuntimeError(f"{groups} heads to each of {tuple(key.shape)} for {tuple(query.shape)}")
+    _insist_on_groups(query, key, groups)
     return scaled_dot_product_attention(
         query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=True
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._op import SPELLINGS, Spelling, form_of, named
+from ._op import SPELLINGS, Spelling, form_of, named, same_call
 from .rnn_network import gru, gru_cell, lstm, lstm_cell, rnn, rnn_relu_cell, rnn_tanh_cell
 
 _NETWORK = [
@@ -38,21 +38,15 @@ def _spell_network(torchs: Callable[..., Any], ours: Callable[..., Any], **more:
     return Spelling(named(_NETWORK, lambda *args: torchs(*args)), call)
 
 
-def _spell_cell(torchs: Callable[..., Any], ours: Callable[..., Any]) -> Spelling:
-    return Spelling(
-        named(_CELL, lambda *args: torchs(*args)), lambda **given: partial(ours, **given)
-    )
-
-
 SPELLINGS.extend(
     [
         _spell_network(torch.lstm, lstm_of_torch),
         _spell_network(torch.gru, gru),
         _spell_network(torch.rnn_tanh, rnn),
         _spell_network(torch.rnn_relu, rnn, nonlinearity="relu"),
-        _spell_cell(torch.lstm_cell, lstm_cell),
-        _spell_cell(torch.gru_cell, gru_cell),
-        _spell_cell(torch.rnn_tanh_cell, rnn_tanh_cell),
-        _spell_cell(torch.rnn_relu_cell, rnn_relu_cell),
+        same_call(torch.lstm_cell, lstm_cell, _CELL),
+        same_call(torch.gru_cell, gru_cell, _CELL),
+        same_call(torch.rnn_tanh_cell, rnn_tanh_cell, _CELL),
+        same_call(torch.rnn_relu_cell, rnn_relu_cell, _CELL),
     ]
 )

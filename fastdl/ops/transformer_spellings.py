@@ -2,12 +2,11 @@
 
 import inspect
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._op import SPELLINGS, Spelling, form_of, named
+from ._op import SPELLINGS, form_of, same_call
 from .attention import scaled_dot_product_attention
 from .layernorm import layer_norm
 from .linear import linear
@@ -24,12 +23,9 @@ def encoder_layer(
     """nn.TransformerEncoderLayer of [batch, position, feature], without a mask."""
     if mask is not None or src.dim() != 3:
         raise RuntimeError("encoder_layer takes three dimensions and no mask")
-    first = partial(
-        layer_norm, normalized_shape=(embed_dim,), weight=norm_weight_1, bias=norm_bias_1, eps=eps
-    )
-    second = partial(
-        layer_norm, normalized_shape=(embed_dim,), weight=norm_weight_2, bias=norm_bias_2, eps=eps
-    )
+    norm = partial(layer_norm, normalized_shape=(embed_dim,), eps=eps)
+    first = partial(norm, weight=norm_weight_1, bias=norm_bias_1)
+    second = partial(norm, weight=norm_weight_2, bias=norm_bias_2)
     activation = "gelu" if use_gelu else "relu"
 
     packed = linear(first(src) if norm_first else src, qkv_weight, qkv_bias)
@@ -44,11 +40,10 @@ def encoder_layer(
     return second(linear(hidden, ffn_weight_2, ffn_bias_2), residual=x)
 
 
-_NAMES = list(inspect.signature(encoder_layer).parameters)
-
-
-def _pattern(*args: Any) -> Any:
-    return torch._transformer_encoder_layer_fwd(*args)
-
-
-SPELLINGS.append(Spelling(named(_NAMES, _pattern), lambda **given: partial(encoder_layer, **given)))
+SPELLINGS.append(
+    same_call(
+        lambda *args: torch._transformer_encoder_layer_fwd(*args),
+        encoder_layer,
+        inspect.signature(encoder_layer).parameters,
+    )
+)

@@ -1,10 +1,9 @@
 """Whether a fused op takes these arguments and returns what the calls in its place returned."""
 
 import contextlib
-import inspect
 import itertools
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ...ops._route import policy
-from .hazards import autocast_at, nodes_in
+from .hazards import autocast_at, nodes_in, signature
 from .match import Match
 from .normalize import value
 
@@ -23,16 +22,12 @@ from .normalize import value
 _ADDED = ("residual", "scale", "shift")
 
 
-@cache
-def _signature(op: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(op, eval_str=True)
-
-
 def mistyped(fused: "partial[Any]") -> str | None:
     """Where the op takes a tensor stands a tensor, and everything else is a constant."""
-    signature = _signature(fused.func)
-    for name, given in signature.bind(*fused.args, **fused.keywords).arguments.items():
-        annotation = signature.parameters[name].annotation
+    parameters = signature(fused.func).parameters
+    bound = signature(fused.func).bind(*fused.args, **fused.keywords)
+    for name, given in bound.arguments.items():
+        annotation = parameters[name].annotation
         nodes = nodes_in(given)
         if "Tensor" not in str(annotation):
             if nodes:
@@ -61,7 +56,7 @@ class Fits:
 
 def _undropped(fused: "partial[Any]") -> tuple[Any, ...]:
     """Arguments without dropout, which changes no shape: its mask takes hundreds of calls."""
-    bound = _signature(fused.func).bind(*fused.args, **fused.keywords)
+    bound = signature(fused.func).bind(*fused.args, **fused.keywords)
     if 0.0 <= bound.arguments.get("dropout_p", -1.0) <= 1.0:
         bound.arguments["dropout_p"] = 0.0
     return bound.args, bound.kwargs

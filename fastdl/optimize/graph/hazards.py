@@ -6,7 +6,7 @@ Dynamo's graphs are not functional, and a fused op reads later than its parts di
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -183,13 +183,15 @@ def _is_foreign(function: Any) -> bool:
     return _root(function) not in (_OURS, "torch", "_operator", "builtins", "math")
 
 
-_signature = functools.cache(inspect.signature)
+@functools.cache
+def signature(op: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(op, eval_str=True)
 
 
 def _statistics(node: Node) -> list[Any]:
     """All that a fused op may write to: running statistics."""
     assert callable(node.target)
-    given = _signature(node.target).bind(*node.args, **node.kwargs).arguments
+    given = signature(node.target).bind(*node.args, **node.kwargs).arguments
     return [given.get(name) for name in ("running_mean", "running_var", "norm")]
 
 

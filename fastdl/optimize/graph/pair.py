@@ -10,7 +10,6 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from .hazards import nodes_in
-from .names import origins
 
 
 class Key(NamedTuple):
@@ -24,7 +23,6 @@ class Pair(NamedTuple):
     """Both forms of a site. Right before its last node, all inputs are there and as they were."""
 
     key: Key
-    op: str
     last: str
     inputs: tuple[str, ...]
     before: GraphModule
@@ -32,7 +30,7 @@ class Pair(NamedTuple):
 
 
 def pair_of(
-    key: Key, op: str, nodes: Sequence[Node], outputs: Sequence[Node], fused: "partial[Any]"
+    key: Key, nodes: Sequence[Node], outputs: Sequence[Node], fused: "partial[Any]"
 ) -> Pair:
     """Both forms of a site that has not been replaced yet."""
     nodes = sorted(nodes)
@@ -48,15 +46,18 @@ def pair_of(
     after, known = _with_inputs(inputs)
     args, keywords = map_arg((fused.args, fused.keywords), known.__getitem__)
     call = after.call_function(fused.func, args, keywords)
-    results = [call]
-    if len(outputs) > 1:
-        count = range(len(outputs))
-        results = [after.call_function(operator.getitem, (call, i)) for i in count]
-    after.output(tuple(results))
+    after.output(tuple(results_of(call, len(outputs))))
 
     part = key.node[: key.node.rfind(".") + 1]
     forms = (GraphModule(nn.Module(), graph) for graph in (before, after))
-    return Pair(key, op, part + origins(nodes)[-1], tuple(part + n.name for n in inputs), *forms)
+    return Pair(key, part + nodes[-1].name, tuple(part + n.name for n in inputs), *forms)
+
+
+def results_of(call: Node, count: int) -> list[Node]:
+    """Nodes for each result of a call that gives so many."""
+    if count == 1:
+        return [call]
+    return [call.graph.call_function(operator.getitem, (call, i)) for i in range(count)]
 
 
 def _with_inputs(nodes: Sequence[Node]) -> tuple[Graph, dict[Node, Node]]:

@@ -4,6 +4,7 @@ import sys
 import time
 import weakref
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -46,7 +47,8 @@ def place() -> tuple[nn.Module | None, Where]:
     compiles while the call waits, so that it stands on the stack, whatever function below it is
     compiled and after whatever graph break.
     """
-    frame, owner = sys._getframe(), None
+    frame: FrameType | None = sys._getframe()
+    owner: nn.Module | None = None
     while frame is not None:
         if frame.f_code is nn.Module._wrapped_call_impl.__code__:
             module = frame.f_locals["self"]
@@ -55,7 +57,7 @@ def place() -> tuple[nn.Module | None, Where]:
                 root = _plain(module)
                 modules = {str(id(child)): name for name, child in root.named_modules()}
                 return root, Where(modules.get(str(id(_plain(owner))), ""), modules)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None, Where()
 
 

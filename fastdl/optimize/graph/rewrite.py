@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +18,7 @@ from .hazards import Hazards
 from .match import Match, Pattern, matches, patterns_by_op
 from .names import REPLACES, Where, origins, source_of
 from .normalize import Calls, lineage, value
-from .pair import Key, Pair, pair_of
+from .pair import Key, Pair, pair_of, results_of
 from .siblings import join
 from .tidy import clean, tidy
 
@@ -82,7 +81,7 @@ def parts(gm: GraphModule, name: str = "") -> Iterator[tuple[GraphModule, str]]:
             yield from parts(body, f"{name}{target}.")
 
 
-def checkpoints(gm: GraphModule) -> list[Node]:
+def checkpoints(gm: GraphModule) -> list[Any]:
     return list(gm.graph.find_nodes(op="call_function", target=CHECKPOINT))
 
 
@@ -128,7 +127,7 @@ class _Rewriting:
     def _site(self, match: Match) -> Site | None:
         """The match, replaced if nothing forbids it. None if nobody asks for it."""
         node, fused, choice = match.outputs[0], match.call(), self._choice
-        op, key = public_name(fused.func), Key(self._part + origins([node])[-1], match.text)
+        op, key = public_name(fused.func), Key(self._part + node.name, match.text)
         if not choice.wants(op, key):
             return None
         known = choice.outcome(key)
@@ -139,7 +138,7 @@ class _Rewriting:
         if reason is None:
             self._replaced |= dict.fromkeys(origins(match.nodes), site)
             if choice.keep is not None:
-                choice.keep(pair_of(key, op, match.nodes, match.outputs, fused))
+                choice.keep(pair_of(key, match.nodes, match.outputs, fused))
             _replace(match, fused)
         return site
 
@@ -148,10 +147,7 @@ def _replace(match: Match, fused: "partial[Any]") -> None:
     graph: Graph = match.place.graph
     with graph.inserting_before(match.place):
         new = graph.call_function(fused.func, fused.args, fused.keywords)
-        outputs = [new]
-        if len(match.outputs) > 1:
-            count = range(len(match.outputs))
-            outputs = [graph.call_function(operator.getitem, (new, i)) for i in count]
+        outputs = results_of(new, len(match.outputs))
     _describe(new, match.last, tuple(value(n) for n in match.outputs))
     new.meta[REPLACES] = origins(sorted(match.nodes))
     for old, output in zip(match.outputs, outputs, strict=True):

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from ...ops._op import public_name
 from .names import REPLACES, qualified, source_of
 from .normalize import value
-from .rewrite import CHECKPOINT, parts
+from .rewrite import checkpoints, parts
 
 _SIGNS = {
     "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**",
@@ -76,18 +76,15 @@ def _parts(gm: GraphModule) -> Iterator[_Part]:
     inputs: dict[str, list[str]] = {}
     for part, name in parts(gm):
         names = _names(part, inputs.get(name))
-        for node in part.graph.find_nodes(op="call_function", target=CHECKPOINT):
+        for node in checkpoints(part):
             # a body is given what its call is
             inputs[f"{name}{node.args[0].target}."] = [_argument(a, names) for a in node.args[1:]]
         yield _Part(part, name, names)
 
 
 def _names(gm: GraphModule, inputs: Sequence[str] | None) -> dict[Node, str]:
-    """What each node is called: an input as the user calls it, a fused call as what it gives."""
+    """What each node is called: an input as the user calls it, what is fused as what it gives."""
     names = {node: node.name for node in gm.graph.nodes}
-    for node in gm.graph.nodes:
-        if REPLACES in node.meta and not isinstance(value(node), tuple):
-            names[node] = node.meta[REPLACES][-1]
     placeholders = gm.graph.find_nodes(op="placeholder")
     known = inputs if inputs is not None else [qualified(node) for node in placeholders]
     taken = set(names.values())
