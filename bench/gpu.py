@@ -1,157 +1,32 @@
 """Tests and timings on a GPU, in stages that can be stopped and taken up again.
 
     PYTHONPATH=. python bench/gpu.py [--stage exact --stage layer_norm] [--again] [--list]
+    PYTHONPATH=. python bench/gpu.py --within 25 --compare results-of-last-week
 
-Each stage runs in a process of its own and writes bench/results/<gpu>/<stage>.json row by row.
+Stages run in processes of their own and write bench/results/<gpu>/<stage>.json row by row.
 """
 
 import argparse
-import gc
 import json
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import torch
 
 import fastdl
-from bench import marks, models, rows, steps
-from bench.exact import check_exact, exact_cases
-from bench.exact_attention import attention_cases, check_attention
-from bench.exact_conv import check_conv, conv_cases
+from bench import gate, marks, model_lines
 from bench.machine import Host, better_ptxas, folder_name, machine
+from bench.stages import STAGES, TIMED, Context, Work, table_digest
 from bench.store import RESULTS, Row, Store, provenance, read
-from fastdl.contract import SPECS, STEPS
-from fastdl.tuned import Device, device_of, packaged_file
 
 FAILED, USAGE, UNFINISHED, SPENT = 1, 2, 3, 4
 
-Work = Callable[[], Row]
-
-
-@dataclass
-class Context:
-    """What a stage needs to know."""
-
-    machine: Host
-    options: argparse.Namespace
-
-    @property
-    def facts(self) -> Device:
-        """Of the GPU, or to list what would run, of one that is not here."""
-        if not torch.cuda.is_available():
-            return Device("none", "cuda", 90, sms=132, shared=232448)
-        return device_of(torch.empty(0, device="cuda"))
-
-    @cached_property
-    def ceilings(self) -> rows.Ceilings:
-        found = rows.ceilings(self.machine)
-        rates = ", ".join(
-            f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in found.matmul.items()
-        )
-        print(f"ceilings: copy {found.copy / 1e12:.2f} TB/s, {rates}", flush=True)
-        return found
-
-
-def check_stage(context: Context) -> Iterator[tuple[str, Work]]:
-    """The contract of every op."""
-
-    def work(op: str) -> Row:
-        report = fastdl.check([op], device=context.machine.device)
-        return {"ok": report.ok, "says": str(report), "report": json.loads(report.to_json())}
-
-    for op in SPECS:
-        yield op, partial(work, op)
-
-
-def exact_stage(context: Context) -> Iterator[tuple[str, Work]]:
-    """Every launch configuration of products, convolutions and attention, bit by bit."""
-    for case in exact_cases(context.facts):
-        yield case.name, partial(check_exact, case, context.machine.device)
-    for layer in conv_cases(context.facts):
-        yield layer.name, partial(check_conv, layer, context.machine.device)
-    for case in attention_cases(context.facts):
-        yield case.name, partial(check_attention, case, context.machine.device)
-
-
-def ceilings_stage(context: Context) -> Iterator[tuple[str, Work]]:
-    """What the GPU does at best."""
-
-    def work() -> Row:
-        found = context.ceilings
-        return {"ok": True, "says": "", **found._asdict()}
-
-    yield "ceilings", work
-
-
-def timing_stage(op: str) -> Callable[[Context], Iterator[tuple[str, Work]]]:
-    def stage(context: Context) -> Iterator[tuple[str, Work]]:
-        compiled = not context.options.no_compile
-        for case in SPECS[op].bench:
-
-            def work(case: Any = case) -> Row:
-                found = rows.measure(case, context.machine, context.ceilings, compiled=compiled)
-                return {**found, "ceilings": context.ceilings._asdict()}
-
-            yield case.name, work
-
-    stage.__doc__ = f"Timings of {op}."
-    return stage
-
-
-def steps_stage(name: str) -> Callable[[Context], Iterator[tuple[str, Work]]]:
-    def stage(context: Context) -> Iterator[tuple[str, Work]]:
-        for case in STEPS[name].bench:
-
-            def work(case: Any = case) -> Row:
-                return steps.measure(STEPS[name], case, context.machine, context.ceilings)
-
-            yield case.name, work
-
-    stage.__doc__ = f"Timings of the steps of {name}."
-    return stage
-
-
-def models_stage(context: Context) -> Iterator[tuple[str, Work]]:
-    """Whole models: as they are, with fastdl's modules and graphs, compiled, and with both."""
-    compiled = not context.options.no_compile
-    for case in models.cases():
-        yield case.name, partial(models.measure, case, context.machine, compiled=compiled)
-
-
-def tune_stage(context: Context) -> Iterator[tuple[str, Work]]:
-    """Launch configurations for the table that ships."""
-
-    def work(op: str, share: int) -> Row:
-        path = packaged_file(context.machine.name)
-        show = partial(print, flush=True)
-        seconds = 60 * context.options.minutes / share
-        report = fastdl.tune(op, budget_s=seconds, path=path, progress=show)
-        table = json.loads(path.read_text()) if path.exists() else {}
-        says = f"{len(report.rows)} entries in {path.name}, {len(report.skipped)} skipped"
-        return {"ok": bool(report.rows), "says": says, "table": table, "skipped": report.skipped}
-
-    norms = ("layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward")
-    ops = ("linear", "conv", "attention", *norms)
-    for number, op in enumerate(ops):
-        yield op, partial(work, op, len(ops) - number + 1)
-
-
-STAGES: dict[str, Callable[[Context], Iterator[tuple[str, Work]]]] = {
-    "check": check_stage,
-    "exact": exact_stage,
-    "ceilings": ceilings_stage,
-    **{op: timing_stage(op) for op in SPECS},
-    **{name: steps_stage(name) for name in STEPS},
-    "models": models_stage,
-    "tune": tune_stage,
-}
+# Processes at once for rows that nobody times: compiling is most of their work.
+MOST_JOBS = 8
 
 
 def run_stage(
@@ -162,8 +37,9 @@ def run_stage(
     """
     until = clock() + 60 * context.options.minutes
     code, undone, missing = 0, 0, 0
-    again = context.options.again
-    left = [row for row in STAGES[stage](context) if again or not store.done(row[0])]
+    again, (part, parts) = context.options.again, context.options.part
+    mine = [row for i, row in enumerate(STAGES[stage].rows(context)) if i % parts == part]
+    left = [row for row in mine if again or not store.done(row[0])]
     left.sort(key=lambda row: store.tried(row[0]))
     for index, (name, work) in enumerate(left):
         if clock() >= until:
@@ -171,7 +47,7 @@ def run_stage(
             continue
         if not store.done(name):
             store.put(name, {"ok": False, "says": "begun, and not finished"})
-        row = guarded(work)
+        row = guarded(work, context.machine)
         store.put(name, row)
         missing += "missing" in row
         code = code if row["ok"] or "missing" in row else FAILED
@@ -186,44 +62,75 @@ def run_stage(
     return code or (UNFINISHED if undone or missing else 0)
 
 
-def guarded(work: Work) -> Row:
+def guarded(work: Work, machine: Host) -> Row:
     """The row, or the error as a row: the next one may run, unless the device is lost."""
     try:
         return work()
     except Exception as error:
         row = {"ok": False, "says": f"{type(error).__name__}: {error}"}
-    gc.collect()  # models are cycles, and hold their memory
     try:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+        machine.settle()
+        machine.release()
     except RuntimeError:
         row["fatal"] = True
     return row
 
 
 def run_all(options: argparse.Namespace, folder: Path) -> int:
-    """One process a stage: a device error in one does not reach the next."""
+    """Processes of its own for each stage: a device error in one does not reach the next."""
+    before = options.compare and gate.load(options.compare)
     environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **better_ptxas()}
+    end = time.monotonic() + 60 * options.within
     codes = {}
     for stage in options.stage or STAGES:
-        print(f"--- {stage}", flush=True)
-        until = time.monotonic() + 60 * options.minutes
-        codes[stage] = run_child(stage, options, environment, 60 * options.minutes, options.again)
-        while codes[stage] == SPENT:
-            seconds = max(until - time.monotonic(), 0)
-            codes[stage] = run_child(stage, options, environment, seconds)
+        seconds = min(60 * options.minutes, end - time.monotonic())
+        if seconds <= 0:
+            codes[stage] = UNFINISHED
+            continue
+        print(f"--- {stage}: {STAGES[stage].about}", flush=True)
+        codes[stage] = run_parts(stage, options, environment, seconds)
     print(summary(folder, codes))
     bad = [code for code in codes.values() if code not in (0, UNFINISHED)]
+    if before is not None:
+        verdict = gate.compare(before, gate.load(folder))
+        print(f"\n{verdict}")
+        bad += [FAILED] * (not verdict.ok)
     return FAILED if bad else max(codes.values(), default=0)
+
+
+def run_parts(
+    stage: str, options: argparse.Namespace, environment: dict[str, str], seconds: float
+) -> int:
+    """The rows of a stage, in several processes at once where nothing is timed."""
+    jobs = options.jobs or min(MOST_JOBS, max((os.cpu_count() or 2) // 2, 1))
+    jobs = jobs if STAGES[stage].together else 1
+    with ThreadPoolExecutor(jobs) as threads:
+        running = [
+            threads.submit(run_part, stage, options, environment, seconds, f"{part}/{jobs}")
+            for part in range(jobs)
+        ]
+        codes = [one.result() for one in running]
+    bad = [code for code in codes if code not in (0, UNFINISHED)]
+    return max(bad or codes)
+
+
+def run_part(
+    stage: str, options: argparse.Namespace, environment: dict[str, str], seconds: float, part: str
+) -> int:
+    """One process after another, as long as they end unfit for the rows that are left."""
+    until = time.monotonic() + seconds
+    code = run_child(stage, options, environment, seconds, part, options.again)
+    while code == SPENT:
+        code = run_child(stage, options, environment, max(until - time.monotonic(), 0), part)
+    return code
 
 
 def run_child(
     stage: str, options: argparse.Namespace, environment: dict[str, str], seconds: float,
-    again: bool = False,
+    part: str, again: bool = False,
 ) -> int:  # fmt: skip
     command = [sys.executable, __file__, "--child", stage, "--minutes", str(seconds / 60)]
-    command += ["--out", str(options.out)] + ["--again"] * again
+    command += ["--part", part, "--out", str(options.out)] + ["--again"] * again
     command += ["--no-compile"] * options.no_compile
     try:
         # a row that was begun may finish
@@ -234,29 +141,29 @@ def run_child(
 
 
 def summary(folder: Path, codes: dict[str, int]) -> str:
-    """All stages that were asked for, rows that failed first, then the timings."""
+    """All stages that were asked for, rows that failed first, then the timings and the marks."""
     lines = ["", f"{'stage':12} {'rows':>5} {'failed':>7}"]
-    timings = []
+    timings, tables = [], {}
     for stage, code in codes.items():
-        table = (read(folder / f"{stage}.json") or {"rows": {}})["rows"]
+        table = tables[stage] = (read(folder / f"{stage}.json") or {"rows": {}})["rows"]
         failed = [f"  {name}: {row['says']}" for name, row in table.items() if not row["ok"]]
         state = {0: "", UNFINISHED: "not finished"}.get(code, "FAILED")
         lines += [f"{stage:12} {len(table):5} {len(failed):7}  {state}", *failed]
         timings += [
-            f"{stage:12} {name:36} {row['says']}"
-            for name, row in table.items()
-            if "roofline" in row
+            f"{stage:12} {name:36} {row['says']}" for name, row in table.items() if "passes" in row
         ]
-        if stage == "models":
-            timings += ["", *marks.summary(table, [case.name for case in models.cases()])]
+    if "models" in tables:
+        timings += ["", *model_lines.table(tables["models"])]
+    if tables.keys() & set(TIMED):
+        timings += ["", *map(str, marks.table(tables))]
     return "\n".join([*lines, "", *timings])
 
 
 def listing(context: Context) -> str:
     lines = []
     for stage in context.options.stage or STAGES:
-        names = [name for name, _ in STAGES[stage](context)]
-        lines += [f"{stage} ({len(names)} rows): {STAGES[stage].__doc__}"]
+        names = [name for name, _ in STAGES[stage].rows(context)]
+        lines += [f"{stage} ({len(names)} rows): {STAGES[stage].about}"]
         lines += [f"  {name}" for name in names]
     return "\n".join(lines)
 
@@ -267,10 +174,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure rows that are there")
     parser.add_argument("--list", action="store_true", help="say what would run; needs no GPU")
     parser.add_argument("--minutes", type=float, default=8, help="for each stage; default: 8")
+    parser.add_argument("--within", type=float, default=math.inf, help="minutes for all stages")
+    parser.add_argument("--jobs", type=int, help="processes at once where nothing is timed")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
+    worse = "earlier results, a file or a folder: fail where a ratio got worse than noise allows"
+    parser.add_argument("--compare", type=Path, metavar="OLD", help=worse)
     parser.add_argument("--child", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=_part, default=(0, 1), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    return int(part), int(parts)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,13 +196,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print(listing(context))
         return 0
-    if not torch.cuda.is_available():
+    if not context.machine.is_gpu:
         print("gpu: torch sees no GPU; --list shows what would run on one", file=sys.stderr)
         return USAGE
     folder = options.out / folder_name(context.machine.name)
     if options.child is None:
         return run_all(options, folder)
     run = provenance(json.loads(fastdl.env().to_json()))
+    if options.child in TIMED:
+        run["tuned"] = table_digest(context.machine.name)
     return run_stage(options.child, context, Store(folder, options.child, run))
 
 

@@ -21,13 +21,17 @@ OnSet = Callable[[int], Any]
 class Host:
     """No graphs and no cache to empty: for tests, where nothing is claimed about time."""
 
-    device, name, cold_bytes = "cpu", "host", 1
+    device, name, cold_bytes, is_gpu = "cpu", "host", 1, False
 
     def timer(self) -> Timer:
         return host_timer()
 
     def settle(self) -> None:
         pass
+
+    def stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, work goes to a stream of its own. May be entered again."""
+        return contextlib.nullcontext()
 
     def repeated(self, call: OnSet, sets: int, times: int) -> Call:
         """`times` calls in a row, over all sets in turn."""
@@ -53,7 +57,7 @@ class Host:
 class Gpu(Host):
     """The current CUDA device."""
 
-    device = "cuda"
+    device, is_gpu = "cuda", True
 
     def __init__(self) -> None:
         facts = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -77,6 +81,9 @@ class Gpu(Host):
 
     def settle(self) -> None:
         torch.cuda.synchronize()
+
+    def stream(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.stream(torch.cuda.Stream())
 
     def captured(self, call: OnSet, sets: int, times: int) -> Call:
         """The same calls as one CUDA graph: no launch gaps."""

@@ -15,7 +15,7 @@ import fastdl
 from bench.families import Family, MissingLibrary, Size, loaded
 from bench.interleave import host_timer, interleave, summarize
 from bench.machine import Host
-from bench.marks import line
+from bench.model_lines import line
 from bench.store import Row
 from bench.zoo import DECODE, FAMILIES
 from fastdl.optimize.graph import sites as sites_of

@@ -1,10 +1,13 @@
 """Results on disk: one JSON a stage, rows by name, each with the run that it comes from."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +33,25 @@ class Store:
         return self.tried(name) and bool(self.table["rows"][name]["ok"])
 
     def put(self, name: str, row: Row) -> None:
-        """Keep the row, on disk at once: what comes after may kill the process."""
-        rows = {**self.table["rows"], name: {**row, "run": self.id}}
-        used = {row["run"] for row in rows.values()}
-        runs = {**self.table["runs"], self.id: self.run}
-        self.table |= {"rows": rows, "runs": {id: runs[id] for id in used}}
-        write(self.path, self.table)
+        """Keep the row, on disk at once: what comes after may kill the process. Other processes may
+        write rows of the same stage.
+        """
+        with locked(self.path):
+            self.table = read(self.path) or self.table
+            rows = {**self.table["rows"], name: {**row, "run": self.id}}
+            used = {row["run"] for row in rows.values()}
+            runs = {**self.table["runs"], self.id: self.run}
+            self.table |= {"rows": rows, "runs": {id: runs[id] for id in used}}
+            write(self.path, self.table)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read(path: Path) -> dict[str, Any] | None:

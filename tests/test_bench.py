@@ -1,6 +1,5 @@
 """The benchmark, without a GPU: its statistics, its rows, its stages and its suite."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -12,11 +11,10 @@ from unittest import mock
 
 import pytest
 import torch
-from bench import error as error_module, forms, gpu, rows, steps
+from bench import error as error_module, forms, rows, steps
 from bench.attention import flex_form
 from bench.interleave import Timer, host_timer, interleave, summarize
-from bench.machine import Gpu, Host, better_ptxas
-from bench.store import Store, code_digest, provenance
+from bench.machine import Gpu, Host
 from torch.nn.attention.flex_attention import flex_attention
 
 import fastdl
@@ -290,116 +288,12 @@ def test_the_roof_is_the_slower_of_two():
     assert rows.roof_us(8e8, 4e7, torch.bfloat16, CEILINGS) == pytest.approx(10)
 
 
-def better_by(monkeypatch, path, returncode):
-    """What is set where the ptxas in use is bad, another is installed, and the probe ends so."""
-    problem = "ptxas 12.8.93 can miscompile products"
-    found = types.SimpleNamespace(problems=[problem], ptxas="12.8.93", better_ptxas=path)
-    done = types.SimpleNamespace(returncode=returncode)
-    monkeypatch.setattr(fastdl, "env", lambda: found)
-    monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
-    return better_ptxas()
-
-
-def test_a_better_ptxas_is_used_where_it_works(monkeypatch, capsys):
-    assert better_by(monkeypatch, "/bin/ptxas", 0) == {"TRITON_PTXAS_PATH": "/bin/ptxas"}
-    assert better_by(monkeypatch, "/bin/ptxas", 1) == {}
-    assert better_by(monkeypatch, None, 0) == {}
-    assert "fastdl-kernels[hopper]" in capsys.readouterr().out
-    monkeypatch.setattr(fastdl, "env", lambda: types.SimpleNamespace(problems=[]))
-    assert better_ptxas() == {}
-
-
-def test_every_stage_has_the_better_ptxas(monkeypatch, tmp_path, capsys):
-    seen = []
-
-    def child(command, env, timeout):
-        seen.append((command[command.index("--child") + 1], env["TRITON_PTXAS_PATH"]))
-        return types.SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(gpu, "better_ptxas", lambda: {"TRITON_PTXAS_PATH": "/bin/ptxas"})
-    monkeypatch.setattr(subprocess, "run", child)
-    assert gpu.run_all(gpu.parse([f"--out={tmp_path}"]), tmp_path) == 0
-    assert seen == [(stage, "/bin/ptxas") for stage in gpu.STAGES]
-    assert {"exact", "attention", "tune"} <= gpu.STAGES.keys()
-
-
-def context(**options):
-    given = {"minutes": 1, "again": False, "no_compile": True, "stage": None, **options}
-    return gpu.Context(Host(), argparse.Namespace(**given))
-
-
-@pytest.fixture
-def stage(monkeypatch):
-    """A stage of two rows that counts its calls, the second of which fails the first time."""
-    ran = []
-
-    def second():
-        ran.append("second")
-        if ran.count("second") == 1:
-            raise ValueError("not today")
-        return {"ok": True, "says": "right"}
-
-    def two(context):
-        yield "first", lambda: ran.append("first") or {"ok": True, "says": "right"}
-        yield "second", second
-
-    monkeypatch.setitem(gpu.STAGES, "two", two)
-    return ran
-
-
-def test_stages_resume(stage, tmp_path):
-    def store(run="a"):
-        return Store(tmp_path, "two", {"code": run})
-
-    assert gpu.run_stage("two", context(), store()) == gpu.FAILED
-    assert "not today" in gpu.summary(tmp_path, {"two": gpu.FAILED})
-    assert gpu.run_stage("two", context(), store()) == 0
-    assert stage == ["first", "second", "second"]
-    assert gpu.run_stage("two", context(again=True), store()) == 0
-    assert gpu.run_stage("two", context(), store("other code")) == 0
-    assert stage[3:] == ["first", "second"] * 2
-    table = json.loads((tmp_path / "two.json").read_text())
-    assert list(table["runs"].values()) == [{"code": "other code"}]
-
-
-def test_stages_stop_in_time(stage, tmp_path, capsys):
-    clock = Clock()
-    store = Store(tmp_path, "two", {})
-    put = store.put
-    store.put = lambda *row: put(*row) or clock.taking(61)()
-    assert gpu.run_stage("two", context(), store, clock) == gpu.UNFINISHED
-    assert stage == ["first"]
-    assert "no time for 1 more" in capsys.readouterr().out
-
-
-def test_damaged_results_are_measured_again(tmp_path):
-    (tmp_path / "two.json").write_text("{")
-    assert not Store(tmp_path, "two", {}).done("first")
-
-
-def test_provenance():
-    found = provenance(json.loads(fastdl.env().to_json()))
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["code"] == code_digest()
-    json.dumps(found)
-
-
 def run(*command, **environment):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "PYTEST"))}
     env |= {"PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=env
     )
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs everything on a GPU")
-def test_gpu_lists_and_refuses(capsys):
-    assert gpu.main(["--list"]) == 0
-    listed = capsys.readouterr().out
-    assert all(f"\n{name} (" in f"\n{listed}" for name in gpu.STAGES)
-    assert "persistent" in listed and "8192x8192x8192" in listed
-    done = run("bench/gpu.py")
-    assert done.returncode == gpu.USAGE and "sees no GPU" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="times everything on a GPU")

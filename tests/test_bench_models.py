@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from bench import gpu, marks, models
+from bench import gpu, marks, model_lines, models
 from bench.families import Family, MissingLibrary, Size, images, mlp
 from bench.machine import Host
 from bench.store import Store
@@ -14,7 +14,7 @@ from bench.zoo import DECODE, FAMILIES
 from torch import nn
 
 import fastdl
-from test_bench import context
+from test_bench_gpu import context, of
 
 CASES = {case.name: case for case in models.cases()}
 PLAIN = {"eager", "modules", "graph"}
@@ -239,7 +239,7 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path, capsys):
     assert row == {
         "ok": False, "missing": "diffusers", "says": "not measured: diffusers is not installed"
     }  # fmt: skip
-    monkeypatch.setitem(gpu.STAGES, "models", lambda context: [("unet", lambda: row)])
+    monkeypatch.setitem(gpu.STAGES, "models", of([("unet", lambda: row)]))
     store = Store(tmp_path, "models", {})
     assert gpu.run_stage("models", context(), store) == gpu.UNFINISHED
     assert not store.done("unet") and "diffusers is not installed" in capsys.readouterr().out
@@ -256,11 +256,8 @@ def stage(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return {"ok": True, "says": "", "spent": name == "spoils"}
 
-    def rows(context):
-        for name in ("fails", "spoils", "last"):
-            yield name, lambda name=name: work(name)
-
-    monkeypatch.setitem(gpu.STAGES, "models", rows)
+    names = ("fails", "spoils", "last")
+    monkeypatch.setitem(gpu.STAGES, "models", of([(n, lambda n=n: work(n)) for n in names]))
     return ran
 
 
@@ -281,15 +278,15 @@ def test_rows_go_on_in_another_process_after_one_that_spoiled_it(stage, tmp_path
 
 def test_a_row_that_was_begun_and_killed_comes_last(stage, tmp_path, monkeypatch):
     store = Store(tmp_path, "models", {})
-    monkeypatch.setattr(gpu, "guarded", lambda work: sys.exit("killed"))
+    monkeypatch.setattr(gpu, "guarded", lambda work, machine: sys.exit("killed"))
     with pytest.raises(SystemExit):
         gpu.run_stage("models", context(), store)
     assert "not finished" in store.table["rows"]["fails"]["says"]
     monkeypatch.undo()
-    monkeypatch.setitem(gpu.STAGES, "models", lambda _: [(n, dict) for n in ("fails", "last")])
+    monkeypatch.setitem(gpu.STAGES, "models", of([(n, dict) for n in ("fails", "last")]))
     seen = []
     done = {"ok": True, "says": ""}
-    monkeypatch.setattr(gpu, "guarded", lambda work: seen.append(work) or done)
+    monkeypatch.setattr(gpu, "guarded", lambda work, machine: seen.append(work) or done)
     order = []
     put = store.put
     store.put = lambda name, row: order.append(name) or put(name, row)
@@ -384,7 +381,7 @@ def test_the_summary_shows_the_marks(tmp_path):
 def test_sizes_are_listed_without_making_any(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    names = [name for name, _ in gpu.STAGES["models"](context())]
+    names = [name for name, _ in gpu.STAGES["models"].rows(context())]
     assert names == list(CASES)
 
 

@@ -1,5 +1,6 @@
 """What an op declares to be checked: cases, and how their tensors are made."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Elements of NaN on either side of a guarded tensor: a block of a kernel that lacks its mask.
 GUARD = 4096
+
+# Tensors from this many values on are drawn where they are used.
+LARGE = 1 << 20
 
 
 class Guard:
@@ -49,7 +53,8 @@ Layout = Literal["dense", "transposed", "sliced", "offset", "channels_last", "gu
 
 
 class Maker:
-    """Makes the tensors of a case. The same seed gives the same values in every dtype, device and layout.
+    """Makes the tensors of a case. The same seed gives the same values in every dtype and layout, and
+    all but large ones on every device.
 
     `rounded` is the dtype under test; the tensors hold its values in `dtype`, which is float64 for the truth.
     """
@@ -68,6 +73,9 @@ class Maker:
         self.rounded, self.dtype, self.device = rounded, dtype or rounded, device
         self.layout, self.integers, self.grad = layout, integers, grad
         self.generator = torch.Generator().manual_seed(seed)
+        self._large = (
+            torch.Generator(device).manual_seed(seed) if device == "cuda" else self.generator
+        )
         self.arranged: Callable[[Tensor], Tensor] = lambda leaf: leaf
         self.leaves: list[Tensor] = []
         self.guards: list[Guard] = []
@@ -82,10 +90,12 @@ class Maker:
     def values(self, shape: Sequence[int], scale: float = 1.0, shift: float = 0.0) -> Tensor:
         if self.device == "meta":
             return torch.empty(shape, dtype=self.dtype, device="meta")
+        generator = self._large if math.prod(shape) >= LARGE else self.generator
+        where: Any = {"generator": generator, "device": generator.device}
         if self.integers:
-            drawn = torch.randint(-1, 2, tuple(shape), generator=self.generator).float()
+            drawn = torch.randint(-1, 2, tuple(shape), **where).float()
         else:
-            drawn = torch.randn(tuple(shape), generator=self.generator) * scale + shift
+            drawn = torch.randn(tuple(shape), **where) * scale + shift
         return drawn.to(self.rounded).to(self.dtype).to(self.device)
 
     def _laid_out(self, values: Tensor) -> Tensor:

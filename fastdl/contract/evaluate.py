@@ -77,16 +77,17 @@ class Allocated(TorchDispatchMode):
         """Tensors in memory that was not seen before."""
         known = {t.untyped_storage().data_ptr() for t in (*self.made, *self._given)}
         found: dict[int, Tensor] = {}
-        for tensor in pytree.tree_leaves(values):
-            if isinstance(tensor, Tensor):
-                found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        for tensor in tensors(values):
+            found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return [tensor for home, tensor in found.items() if home not in known]
 
 
+def tensors(values: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+
+
 def floats(result: Any) -> list[Tensor]:
-    return [
-        t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()
-    ]
+    return [t for t in tensors(result) if t.is_floating_point()]
 
 
 def cotangents(maker: Maker, outputs: list[Tensor]) -> list[Tensor]:

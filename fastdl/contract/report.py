@@ -90,6 +90,7 @@ def check(
     ops: Sequence[str] | None = None,
     device: str | None = None,
     *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
     thorough: bool = False,
     progress: Progress | None = None,
 ) -> CheckReport:
@@ -100,14 +101,14 @@ def check(
             "check: kernels run on a GPU, or with TRITON_INTERPRET=1 set before Python starts, on a CPU"
         )
     specs = [_spec(op) for op in dict.fromkeys(ops or SPECS)]
-    todo = [(spec, dtype) for spec in specs for dtype in DTYPES]
+    todo = [(spec, dtype) for spec in specs for dtype in dtypes]
     steps = sum(len(spec.cases) + len(cases_of(spec, "one_pass")) for spec, _ in todo)
     if thorough:
         steps += sum(1 for spec in specs for _ in _other_checks(spec, device))
     tick = _Ticker(progress, steps)
     rows = [_row(spec, dtype, device, tick) for spec, dtype in todo]
     if thorough:
-        for spec, row in zip(specs, rows[:: len(DTYPES)], strict=True):
+        for spec, row in zip(specs, rows[:: len(dtypes)], strict=True):
             row.failures += _failures(_other_checks(spec, device), tick)
     return CheckReport(device, _launch.INTERPRETED, rows)
 

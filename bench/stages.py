@@ -1,0 +1,183 @@
+"""The stages of a run on a GPU: their rows, and what each row does. Correctness first, then what
+timings stand on, then the timings, what matters most first.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import fastdl
+from bench import far, models, rows, sanitize, steps, streams
+from bench.exact import check_exact, exact_cases
+from bench.exact_attention import attention_cases, check_attention
+from bench.exact_conv import check_conv, conv_cases
+from bench.machine import Host
+from bench.store import Row
+from fastdl.contract import SPECS, STEPS
+from fastdl.contract.case import DTYPES
+from fastdl.contract.checks import CHECKS
+from fastdl.tuned import Device, device_of, packaged_file
+from fastdl.tuned.problems import DEFAULTS, PASSES
+
+Work = Callable[[], Row]
+Rows = Iterator[tuple[str, Work]]
+
+
+@dataclass
+class Context:
+    """What a stage needs to know."""
+
+    machine: Host
+    options: argparse.Namespace
+
+    @property
+    def facts(self) -> Device:
+        """Of the GPU, or to list what would run, of one that is not here."""
+        if not self.machine.is_gpu:
+            return Device("none", "cuda", 90, sms=132, shared=232448)
+        return device_of(torch.empty(0, device=self.machine.device))
+
+    @cached_property
+    def ceilings(self) -> rows.Ceilings:
+        found = rows.ceilings(self.machine)
+        rates = ", ".join(
+            f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in found.matmul.items()
+        )
+        print(f"ceilings: copy {found.copy / 1e12:.2f} TB/s, {rates}", flush=True)
+        return found
+
+
+class Stage(NamedTuple):
+    """Rows `together` may run beside one another: nothing is timed."""
+
+    rows: Callable[[Context], Rows]
+    about: str
+    together: bool = False
+
+
+def check_rows(context: Context) -> Rows:
+    def work(op: str, dtype: torch.dtype) -> Row:
+        report = fastdl.check([op], device=context.machine.device, dtypes=[dtype])
+        return {"ok": report.ok, "says": str(report), "report": json.loads(report.to_json())}
+
+    for op in SPECS:
+        for dtype in DTYPES:
+            yield f"{op} {str(dtype).removeprefix('torch.')}", partial(work, op, dtype)
+
+
+def exact_rows(context: Context) -> Rows:
+    for case in exact_cases(context.facts):
+        yield case.name, partial(check_exact, case, context.machine.device)
+    for layer in conv_cases(context.facts):
+        yield layer.name, partial(check_conv, layer, context.machine.device)
+    for case in attention_cases(context.facts):
+        yield case.name, partial(check_attention, case, context.machine.device)
+
+
+def far_rows(context: Context) -> Rows:
+    for name, case in far.CASES.items():
+        yield name, partial(far.check, case, context.machine)
+
+
+def core_rows(check: Callable[..., Row]) -> Callable[[Context], Rows]:
+    """A row for each of the few cases that stand for an op."""
+
+    def stage(context: Context) -> Rows:
+        for op, spec in SPECS.items():
+            for case in spec.core:
+                yield f"{op}, {case.name}", partial(check, op, case, context.machine)
+
+    return stage
+
+
+def inductor(op: str, case: Any, machine: Host) -> Row:
+    CHECKS["inductor"].function(SPECS[op], case, machine.device)
+    return {"ok": True, "says": "compiled, and the same"}
+
+
+def sanitizer_rows(context: Context) -> Rows:
+    for op in SPECS:
+        yield op, partial(sanitize.check, op)
+
+
+def ceilings_rows(context: Context) -> Rows:
+    def work() -> Row:
+        return {"ok": True, "says": "", **context.ceilings._asdict()}
+
+    yield "ceilings", work
+
+
+def tune_rows(context: Context) -> Rows:
+    """Each op has an equal share of the time that is left."""
+    path = packaged_file(context.machine.name)
+
+    def work(op: str, share: int) -> Row:
+        seconds = 60 * context.options.minutes / share
+        report = fastdl.tune(op, budget_s=seconds, path=path, progress=partial(print, flush=True))
+        table = json.loads(path.read_text()) if path.exists() else {}
+        says = f"{len(report.rows)} entries in {path.name}, {len(report.skipped)} skipped"
+        return {"ok": bool(report.rows), "says": says, "table": table, "skipped": report.skipped}
+
+    passes = {one for of_op in PASSES.values() for one in of_op}
+    ops = [op for op in DEFAULTS if op in PASSES or op not in passes]
+    for number, op in enumerate(ops):
+        yield op, partial(work, op, len(ops) - number)
+
+
+def op_rows(op: str, context: Context) -> Rows:
+    for case in SPECS[op].bench:
+
+        def work(case: Any = case) -> Row:
+            compiled = not context.options.no_compile
+            found = rows.measure(case, context.machine, context.ceilings, compiled=compiled)
+            return {**found, "ceilings": context.ceilings._asdict()}
+
+        yield case.name, work
+
+
+def step_rows(name: str, context: Context) -> Rows:
+    for case in STEPS[name].bench:
+
+        def work(case: Any = case) -> Row:
+            return steps.measure(STEPS[name], case, context.machine, context.ceilings)
+
+        yield case.name, work
+
+
+def model_rows(context: Context) -> Rows:
+    compiled = not context.options.no_compile
+    for case in models.cases():
+        yield case.name, partial(models.measure, case, context.machine, compiled=compiled)
+
+
+STAGES = {
+    "check": Stage(check_rows, "the contract of every op: errors and exact integers", True),
+    "exact": Stage(exact_rows, "every launch configuration of products and attention, bit by bit",
+                   True),
+    "far": Stage(far_rows, "tensors of more than 2**31 elements"),
+    "graphs": Stage(core_rows(streams.check_graph), "CUDA graphs, replayed on other inputs", True),
+    "streams": Stage(core_rows(streams.check_streams), "several streams at once"),
+    "inductor": Stage(core_rows(inductor), "torch.compile with inductor, both passes", True),
+    "sanitizer": Stage(sanitizer_rows, "compute-sanitizer's memcheck, where it runs", True),
+    "ceilings": Stage(ceilings_rows, "what the GPU does at best"),
+    "tune": Stage(tune_rows, "launch configurations for the table that ships"),
+    **{op: Stage(partial(op_rows, op), f"timings of {op}") for op in SPECS},
+    **{name: Stage(partial(step_rows, name), f"timings of the steps of {name}") for name in STEPS},
+    "models": Stage(model_rows, "whole models: as they are, with fastdl, compiled, with both"),
+}  # fmt: skip
+
+TIMED = (*SPECS, *STEPS, "models")
+
+
+def table_digest(name: str) -> str | None:
+    """Of the tuned table that comes with fastdl: timings depend on it."""
+    from hashlib import sha256
+
+    path: Path = packaged_file(name)
+    return sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
