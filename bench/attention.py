@@ -101,8 +101,16 @@ def attention_rivals(call: "partial[Any]", compiled: bool) -> dict[str, Form]:
     if not options.get("softcap") and options.get("sinks") is None:
         rivals = {name: held_to(backend) for name, backend in BACKENDS.items()}
     if compiled and options.get("sinks") is None:
-        rivals["flex"] = flex_form(call, torch.compile(flex_attention, dynamic=False))
+        rivals["flex"] = when_called(
+            lambda: flex_form(call, torch.compile(flex_attention, dynamic=False))
+        )
     return rivals
+
+
+def when_called(make: Callable[[], Form]) -> Form:
+    """A form that is made at its first call."""
+    made = functools.cache(make)
+    return lambda *args, **options: made()(*args, **options)
 
 
 def held_to(backend: SDPBackend) -> Form:

@@ -26,10 +26,14 @@ class Host:
     def timer(self) -> Timer:
         return host_timer()
 
+    def stream(self) -> Any:
+        """Where calls go now."""
+        return None
+
     def settle(self) -> None:
         pass
 
-    def stream(self) -> contextlib.AbstractContextManager[Any]:
+    def other_stream(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, work goes to a stream of its own. May be entered again."""
         return contextlib.nullcontext()
 
@@ -82,11 +86,16 @@ class Gpu(Host):
     def settle(self) -> None:
         torch.cuda.synchronize()
 
-    def stream(self) -> contextlib.AbstractContextManager[Any]:
+    def other_stream(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.stream(torch.cuda.Stream())
 
+    def stream(self) -> Any:
+        return torch.cuda.current_stream()
+
     def captured(self, call: OnSet, sets: int, times: int) -> Call:
-        """The same calls as one CUDA graph: no launch gaps."""
+        """The same calls as one CUDA graph: no launch gaps. What they keep from one call to the
+        next is made before, and on the stream that is captured.
+        """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -94,7 +103,7 @@ class Gpu(Host):
                 call(i)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             for i in range(times):
                 call(i % sets)
         return graph.replay

@@ -1,27 +1,31 @@
-"""One row of the benchmark: a case timed as fused, as torch's own calls, and compiled."""
+"""One row of the benchmark: a case in all its passes, timed as fused and as all others have it."""
 
+import contextlib
 import math
 import statistics
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config
 
 import fastdl
+from bench.contenders import OFF, OWN, Prepared, prepare, reason
 from bench.error import error
-from bench.forms import RIVALS, TORCH
 from bench.interleave import Stats, interleave, summarize
-from bench.machine import Host, OnSet, as_tuple
-from fastdl.contract import BenchCase, Maker
-from fastdl.contract.evaluate import cotangents, floats
+from bench.machine import Host
+from bench.passes import Inputs, Pass, passes_of
+from fastdl.contract import SPECS, BenchCase
 
 # One graph is at least this long, and has at most so many calls.
-GRAPH_US, MOST_CALLS, MOST_SETS, CALLS_FROM_PYTHON = 1000.0, 512, 64, 50
+GRAPH_US, MOST_CALLS, CALLS_FROM_PYTHON = 1000.0, 512, 50
 
-# Rivals may round otherwise than torch's plain form: relative distance of outputs and gradients.
-ALIKE, OFF = 0.02, "off by"
+# The definition is not timed where one call takes longer than this, and so many times torch's.
+LONG_US, SLOW = 20_000.0, 20
+
+# A time that changes by more than this from the first third of the rounds to the last is told.
+DRIFT = 0.05
 
 
 class Ceilings(NamedTuple):
@@ -31,87 +35,13 @@ class Ceilings(NamedTuple):
     matmul: dict[str, float]
 
 
-class Prepared(NamedTuple):
-    """The contenders of a case, each a function of the number of a set of inputs, and why others
-    are none.
-    """
+class Times(NamedTuple):
+    """Microseconds a call, by way of calling, contender and round, and bytes by contender."""
 
-    calls: dict[str, OnSet]
-    refused: dict[str, str]
-    sets: int
-    set_bytes: int
-    first: "partial[Any]"
-
-
-def prepare(case: BenchCase, machine: Host, compiled: bool = True) -> Prepared:
-    """Several sets of inputs, so that none is in the cache when its turn comes."""
-    makers, calls = [], []
-
-    def add() -> None:
-        maker = Maker(case.dtype, device=machine.device, grad=case.backward, seed=len(makers))
-        calls.append(case.make(maker))
-        makers.append(maker)
-
-    add()
-    set_bytes = sum(leaf.nbytes for leaf in makers[0].leaves)
-    for _ in range(min(math.ceil(machine.cold_bytes / set_bytes), MOST_SETS) - 1):
-        add()
-    first = calls[0]
-    plain = TORCH[first.func]
-    forms = {"torch": plain, "fused": first.func}
-    if compiled:
-        torch._dynamo.reset()
-        forms["compile"] = torch.compile(plain, dynamic=False)
-    rivals = RIVALS[first.func](first, compiled) if first.func in RIVALS else {}
-    passes = _both if case.backward else _forward
-    found = {name: passes(form, calls, makers) for name, form in {**forms, **rivals}.items()}
-    others = [name for name in found if name not in ("torch", "fused")]
-    fits = {name: unfit(found[name], found["torch"] if name in rivals else None) for name in others}
-    refused = {name: why for name, why in fits.items() if why}
-    left = {name: call for name, call in found.items() if name not in refused}
-    return Prepared(left, refused, len(calls), set_bytes, first)
-
-
-def unfit(call: OnSet, alike: OnSet | None) -> str:
-    """Why a call is no contender: torch refuses it, or it computes something else."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            got = as_tuple(call(0))
-    except Exception as problem:
-        if "CUDA error" in str(problem):
-            raise  # the device is lost, and would take the blame for all that follow
-        return f"{type(problem).__name__}: {problem}".splitlines()[0]
-    pairs = zip(got, as_tuple(alike(0)), strict=True) if alike else ()
-    apart = [float((a.double() - b).norm() / b.double().norm()) for a, b in pairs]
-    return "" if all(x < ALIKE for x in apart) else f"{OFF} {max(apart):.2g}"
-
-
-def _forward(form: Callable[..., Any], calls: list["partial[Any]"], makers: Any) -> OnSet:
-    def call(i: int) -> Any:
-        with torch.no_grad():
-            return form(*calls[i].args, **calls[i].keywords)
-
-    return call
-
-
-def _both(form: Callable[..., Any], calls: list["partial[Any]"], makers: list[Maker]) -> OnSet:
-    """Forward, and the gradients of all inputs."""
-    shapes = floats(calls[0]())
-    # a gradient comes in the layout of its output
-    upstream = [
-        [
-            torch.empty_like(y).copy_(c)
-            for c, y in zip(cotangents(maker, shapes), shapes, strict=True)
-        ]
-        for maker in makers
-    ]
-
-    def call(i: int) -> Any:
-        outputs = floats(form(*calls[i].args, **calls[i].keywords))
-        return torch.autograd.grad(outputs, makers[i].leaves, upstream[i])
-
-    return call
+    us: dict[str, dict[str, list[float]]]
+    calls: int
+    no_graph: dict[str, str]
+    peaks: dict[str, int]
 
 
 def measure(
@@ -123,87 +53,209 @@ def measure(
     if not wrong.ok:
         says = f"off by {wrong.ours:.2e}, allowed is {wrong.allowed:.2e}"
         return {"ok": False, "says": says, "error": vars(wrong)}
+    inputs = Inputs(case, machine)
+    refused: dict[str, str] = {}
+    passes = {}
     with fastdl.policy("fused", on_fallback="error"):
-        prepared = prepare(case, machine, compiled)
-        launched = fastdl.explain(prepared.first).launches
-        times, calls, no_graph = _times(prepared, machine, rounds, warm_s)
-        peaks = {n: machine.peak_bytes(partial(c, 0)) for n, c in prepared.calls.items()}
-    flops, moved = case.flops, case.bytes
+        explained = fastdl.explain(inputs.first)
+        for what in passes_of(case):
+            with retained() if what == "backward" else contextlib.nullcontext():
+                prepared = prepare(case, machine, inputs, what, compiled)
+                times = timed(prepared, machine, rounds, warm_s)
+            for name, why in prepared.refused.items():
+                refused.setdefault(name, why if what != "backward" else f"backward: {why}")
+            passes[what] = summary(times)
+            del prepared
+            machine.release()
     row = {
-        "ok": True, "dtype": str(case.dtype).removeprefix("torch."), "backward": case.backward,
-        "bytes": moved, "flops": flops, "error": vars(wrong), "launches": [*map(str, launched)],
-        "sets": prepared.sets, "calls": calls, "no_graph": no_graph,
-        "refused": prepared.refused,
-        "cold": prepared.sets * prepared.set_bytes >= machine.cold_bytes, "peak_bytes": peaks,
+        "ok": True, "op": op_of(case, inputs), "dtype": str(case.dtype).removeprefix("torch."),
+        "backward": case.backward, "shapes": inputs.shapes, "seeds": inputs.seeds,
+        "bytes": case.bytes, "flops": case.flops, "error": vars(wrong), **told(explained),
+        "sets": len(inputs), "cold": inputs.cold, "refused": refused,
+        "ceilings": ceilings._asdict(), "passes": passes,
     }  # fmt: skip
-    row |= {how: _summary(of_how) for how, of_how in times.items()}
-    row["how"] = "graph" if "graph" in row else "python"
-    us = row[row["how"]]["contenders"]["fused"]["us"]
-    row["roofline"] = roof_us(flops, moved, case.dtype, ceilings) / us
-    row["says"] = line(row)
-    return row
+    return finished(row, ceilings)
 
 
-def _times(prepared: Prepared, machine: Host, rounds: int, warm_s: float) -> Any:
-    """Microseconds a call, by way of calling and contender."""
-    timer, sets = machine.timer(), prepared.sets
-    once = machine.repeated(prepared.calls["fused"], sets, sets)
-    once()
-    us = min(timer.finish([timer.start(once) for _ in range(3)])) / sets
+def retained() -> Any:
+    """A graph that torch.compile made may be kept for another backward pass."""
+    return torch._functorch.config.patch(donated_buffer=False)
+
+
+def op_of(case: BenchCase, inputs: Inputs) -> str:
+    found = (spec.name for spec in SPECS.values() if case in spec.bench)
+    return next(found, inputs.first.func.__name__)
+
+
+def told(explained: Any) -> dict[str, Any]:
+    """Who computed an op, and with which launches."""
+    launches = [str(launch) for launch in explained.launches]
+    route = [line for line in str(explained).splitlines() if line.strip() not in launches]
+    return {"launches": launches, "route": "; ".join(route)}
+
+
+def finished(row: dict[str, Any], ceilings: Ceilings) -> dict[str, Any]:
+    """With rates of the fused form, of the pass whose bytes and flops are counted."""
+    counted = next(iter(row["passes"].values()))
+    us = counted[counted["how"]]["contenders"]["fused"]["us"]
+    counted |= rates(row["flops"], row["bytes"], row["dtype"], us, ceilings)
+    return {**row, "says": line(row)}
+
+
+def rates(
+    flops: float, moved: float, dtype: str, us: float, ceilings: Ceilings
+) -> dict[str, float]:
+    """Of a call that takes so long. `roofline` is its share of what the GPU does at best: no
+    version is faster than the slower of its arithmetic and its memory traffic.
+    """
+    roof_us = 1e6 * max(flops / ceilings.matmul[dtype], moved / ceilings.copy)
+    return {"tflops": flops / us / 1e6, "gb_per_s": moved / us / 1e3, "roofline": roof_us / us}
+
+
+def timed(prepared: Prepared, machine: Host, rounds: int, warm_s: float) -> Times:
+    """All contenders in turn, captured and called. What one keeps is let go before the next way."""
+    sets, timer = len(prepared.inputs), machine.timer()
+
+    def look(call: Pass) -> float:
+        """Microseconds of a call, roughly."""
+        once = machine.repeated(call, sets, sets)
+        once()
+        us = min(timer.finish([timer.start(once) for _ in range(3)])) / sets
+        call.forget()
+        return us
+
+    def turns(calls: Mapping[str, Callable[[], Any]], n: int) -> dict[str, list[float]]:
+        found = interleave(calls, timer, rounds=rounds, warm_s=warm_s, settle=machine.settle)
+        return {name: [us / n for us in values] for name, values in found.items()}
+
+    us = look(prepared.calls["fused"])
+    _leave_out_slow(prepared, look, machine)
     calls = min(sets * max(1, math.ceil(GRAPH_US / (us * sets))), max(MOST_CALLS, sets))
+    graphs, no_graph = _captured(prepared, machine, sets, calls)
+    found = {}
+    if {"torch", "fused"} <= graphs.keys():
+        found["graph"] = turns(graphs, calls)
+    graphs.clear()
+    prepared.forget()
+    machine.release()
+    few = min(calls, max(sets, CALLS_FROM_PYTHON))
+    found["python"] = turns(_called(prepared, machine, sets, few), few)
+    peaks = {name: machine.peak_bytes(partial(call, 0)) for name, call in prepared.calls.items()}
+    prepared.forget()
+    return Times(found, calls, no_graph, peaks)
+
+
+def _leave_out_slow(prepared: Prepared, look: Callable[[Pass], float], machine: Host) -> None:
+    """A definition that takes minutes to time tells nobody anything."""
+    if "definition" not in prepared.calls:
+        return
+    try:
+        us = look(prepared.calls["definition"])
+        times = us / look(prepared.calls["torch"]) if us > LONG_US else 0
+        why = f"{times:.0f} times as slow as torch, not timed" if times > SLOW else ""
+    except RuntimeError as problem:
+        why = reason(problem)
+    if why:
+        prepared.refused["definition"] = why
+        del prepared.calls["definition"]
+        machine.release()
+
+
+def _captured(
+    prepared: Prepared, machine: Host, sets: int, calls: int
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """A CUDA graph of each contender, and why others have none."""
     graphs, no_graph = {}, {}
     for name, call in prepared.calls.items():
         try:
             graphs[name] = machine.captured(call, sets, calls)
         except RuntimeError as problem:
             no_graph[name] = str(problem).splitlines()[0]
-    few = min(calls, max(sets, CALLS_FROM_PYTHON))
-    python = {n: machine.repeated(c, sets, few) for n, c in prepared.calls.items()}
-    ways = {"python": (python, few)}
-    if {"torch", "fused"} <= graphs.keys():
-        ways["graph"] = (graphs, calls)
-    times = {}
-    for how, (contenders, n) in ways.items():
-        found = interleave(contenders, timer, rounds=rounds, warm_s=warm_s, settle=machine.settle)
-        times[how] = {name: [us / n for us in values] for name, values in found.items()}
-    return times, calls, no_graph
+        if name in no_graph:
+            call.forget()
+            machine.release()
+    return graphs, no_graph
 
 
-def _summary(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Ratios are to the fastest of torch's own calls, and to the compiled ones apart."""
-    own = {n: statistics.median(t) for n, t in times.items() if n not in ("fused", "compile")}
-    best = min(own, key=own.__getitem__)
-    stats = summarize(times, best)
-    found = {"baseline": best, "contenders": {n: s._asdict() for n, s in stats.items()}}
-    for other in {"torch", "compile"} & times.keys() - {best}:
-        found[f"over_{other}"] = summarize(times, other)["fused"].ratio
+def _called(prepared: Prepared, machine: Host, sets: int, few: int) -> dict[str, Callable[[], Any]]:
+    """Calls from Python, each tried once beside what the others keep: memory may not do for all."""
+    found = {}
+    for name, call in [*prepared.calls.items()]:
+        run = machine.repeated(call, sets, few)
+        try:
+            run()
+            machine.settle()
+            found[name] = run
+        except RuntimeError as problem:
+            if name in ("torch", "fused"):
+                raise
+            prepared.refused[name] = reason(problem)
+        if name not in found:
+            prepared.calls.pop(name).forget()
+            machine.release()
     return found
 
 
-def roof_us(flops: float, moved: float, dtype: torch.dtype, ceilings: Ceilings) -> float:
-    """No version is faster than the slower of its arithmetic and its memory traffic."""
-    rate = ceilings.matmul[str(dtype).removeprefix("torch.")]
-    return 1e6 * max(flops / rate, moved / ceilings.copy)
+def summary(times: Times) -> dict[str, Any]:
+    """A pass, without its rates."""
+    ways = {how: _compared(us) for how, us in times.us.items()}
+    how = "graph" if "graph" in ways else "python"
+    return {
+        "how": how, "calls": times.calls, "no_graph": times.no_graph, **ways,
+        "peak_bytes": times.peaks,
+    }  # fmt: skip
+
+
+def _compared(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Ratios of all to the fastest of torch's own calls, and of the fused form to each."""
+    own = {name: statistics.median(us) for name, us in times.items() if name in OWN}
+    best = min(own, key=own.__getitem__)
+    stats = summarize(times, best)
+    over = {name: summarize(times, name)["fused"] for name in times if name != "fused"}
+    return {
+        "baseline": best,
+        "contenders": {name: of._asdict() for name, of in stats.items()},
+        "over": {name: {k: getattr(of, k) for k in ("ratio", "low", "high")}
+                 for name, of in over.items()},
+    }  # fmt: skip
 
 
 def line(row: dict[str, Any]) -> str:
     """One line for the terminal."""
-    found, peaks = row[row["how"]], row["peak_bytes"]
-    fused: Stats = Stats(**found["contenders"]["fused"])
-    wrong = [name for name, why in row["refused"].items() if why.startswith(OFF)]
+    first, *others = row["passes"].items()
+    wrong = [name for name, why in row["refused"].items() if OFF in why]
     parts = [
-        f"{fused.us:9.1f} us",
-        f"{fused.ratio:5.2f}x {found['baseline']}",
-        f"{found['over_torch']:5.2f}x torch" if "over_torch" in found else "",
-        f"{found['over_compile']:5.2f}x compile" if "over_compile" in found else "",
-        f"{row['roofline']:4.0%} of the roof",
-        f"called {row['python']['contenders']['fused']['ratio']:5.2f}x",
-        f"memory {peaks['fused'] / max(peaks[found['baseline']], 1):4.2f}x",
-        "" if row["how"] == "graph" else "NO GRAPH",
+        *_line(first[1]),
+        *(f"{name}: {'  '.join(_line(found))}" for name, found in others),
         "" if row["cold"] else "in L2",
         f"WRONG: {', '.join(wrong)}" if wrong else "",
     ]
     return "  ".join(part for part in parts if part)
+
+
+def _line(found: dict[str, Any]) -> list[str]:
+    """Of one pass."""
+    way, peaks = found[found["how"]], found["peak_bytes"]
+    fused, base, over = Stats(**way["contenders"]["fused"]), way["baseline"], way["over"]
+    beside = [name for name in over if name not in OWN or name == "torch"]
+    parts = [
+        f"{fused.us:9.1f} us",
+        f"{fused.ratio:5.2f}x {base}",
+        *(f"{over[name]['ratio']:5.2f}x {name}" for name in beside if name != base),
+        f"{found['roofline']:4.0%} of the roof" if "roofline" in found else "",
+        f"called {found['python']['over'][base]['ratio']:5.2f}x" if found["how"] == "graph" else "",
+        f"memory {peaks['fused'] / max(peaks[base], 1):4.2f}x",
+        "NO GRAPH" if found["no_graph"].keys() & {"torch", "fused"} else "",
+        drifted(way["contenders"], ("fused", base)),
+    ]
+    return [part for part in parts if part]
+
+
+def drifted(contenders: Mapping[str, Mapping[str, float]], names: tuple[str, ...]) -> str:
+    """Times that changed while they were measured: ratios by round do not see it, `us` does."""
+    apart = {name: contenders[name]["drift"] - 1 for name in names}
+    told = [f"{name} {by:+.0%}" for name, by in apart.items() if abs(by) > DRIFT]
+    return f"DRIFT of {', '.join(told)}" if told else ""
 
 
 def ceilings(machine: Host, size: int = 8192, copy_bytes: int = 1 << 30) -> Ceilings:

@@ -1,6 +1,8 @@
 """Running a case, and comparing two runs."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..ops._op import LIBRARY_OPS, NAMESPACE
+from ..ops._op import LIBRARY_OPS, NAMESPACE, Op
 from ..ops._route import policy
 from .case import Case, Maker
 
@@ -84,6 +86,28 @@ class Allocated(TorchDispatchMode):
 
 def tensors(values: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+
+
+class NoVendor(Exception):
+    """An op has no vendor call for the options that it was given."""
+
+
+@contextlib.contextmanager
+def vendors() -> Iterator[None]:
+    """Inside of a with block, ops run their vendor calls, or raise NoVendor."""
+    ours = Op.__call__
+
+    def run(op: Op, *args: Any) -> Any:
+        found = None if op.vendor is None else op.vendor(*args)
+        if found is None:
+            raise NoVendor(op.name)
+        return found
+
+    Op.__call__ = run  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        Op.__call__ = ours  # type: ignore[method-assign]
 
 
 def floats(result: Any) -> list[Tensor]:
