@@ -82,7 +82,7 @@ def exact_rows(context: Context) -> Rows:
 
 def far_rows(context: Context) -> Rows:
     for name, case in far.CASES.items():
-        yield name, partial(far.check, case, context.machine)
+        yield name, partial(far.check, case, context.machine, far.ELEMENTS)
 
 
 def core_rows(check: Callable[..., Row]) -> Callable[[Context], Rows]:

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from bench import gpu, marks, model_lines, models
+from bench import gpu, model_lines, models
 from bench.families import Family, MissingLibrary, Size, images, mlp
 from bench.machine import Host
 from bench.store import Store
@@ -15,6 +15,7 @@ from torch import nn
 
 import fastdl
 from test_bench_gpu import context, of
+from test_bench_marks import made_up
 
 CASES = {case.name: case for case in models.cases()}
 PLAIN = {"eager", "modules", "graph"}
@@ -228,7 +229,7 @@ def test_memory_is_given_back_and_peaks_are_told(light):
         "eager": 400, "modules": 100, "graph": 200, "compile": 300
     }  # fmt: skip
     assert "memory 0.25x" in row["says"] and "memory 0.50x" in row["says"]
-    assert marks.memory(row, "modules", "eager") == 4
+    assert model_lines.memory(row, "modules", "eager") == 4
 
 
 def test_a_missing_library_is_named(monkeypatch, tmp_path, capsys):
@@ -308,74 +309,12 @@ def test_children_are_started_until_one_is_not_spent(monkeypatch, tmp_path):
     assert seen == [True, False, False]  # the others go on where it stopped
 
 
-def made_up(modules, graph, both, *, memory=(8, 5, 4), spread=0.01, compile_=1.2):
-    """A row with these times over eager."""
-    over = {
-        "eager": 1.0, "modules": modules, "graph": graph, "compile": compile_, "then compile": both
-    }  # fmt: skip
-    stats = {
-        base: {
-            name: {"us": 1e3 / x, "ratio": x / over[base], "low": x / over[base] - spread,
-                   "high": x / over[base] + spread, "drift": 1.0}
-            for name, x in over.items()
-        }
-        for base in ("eager", "compile")
-    }  # fmt: skip
-    eager, ours, compiled = memory
-    facts = {"sites": 1, "graphs": 1, "breaks": 0, "compile_s": 1.0}
-    return {
-        "ok": True, "python": stats, "proof": models.HERE, "no_graph": {}, "refused": {},
-        "recompiled": 0, "contenders": dict.fromkeys(over, facts),
-        "peak_bytes": {"eager": eager, "modules": ours, "graph": ours, "compile": compiled,
-                       "then compile": ours},
-    }  # fmt: skip
-
-
-def said(rows, planned=("a", "b")):
-    return "\n".join(marks.summary(rows, planned))
-
-
-def test_marks_are_met_only_by_all_rows():
-    good = made_up(2.0, 3.0, 2.4)
-    text = said({"a": good, "b": good})
-    assert "modules is never slower than eager: met" in text
-    assert "modules over eager, at least 1.5x: met, geometric mean 2.000x over 2 of 2" in text
-    assert "then compile over compile, at least 1.1x: met, geometric mean 2.000x" in text
-    assert "memory of eager over modules, at least 1.5x: met, geometric mean 1.600x" in text
-    assert "memory of compile over then compile, at least 1.1x: missed" in text  # 4 against 5
-    text = said({"a": good, "elsewhere": good})
-    assert "modules over eager, at least 1.5x: open, 1 of 2 rows, geometric mean 2.000x" in text
-    assert ": met" not in text
-
-
-def test_marks_are_missed_by_name():
-    text = said({"a": made_up(0.9, 3.0, 2.4), "b": made_up(1.6, 0.995, 1.0, memory=(4, 5, 4))})
-    assert "modules is never slower than eager: missed, a (0.900x)\n" in text
-    assert "graph is never slower than eager: met\n" in text  # within the noise
-    assert "modules over eager, at least 1.5x: missed, geometric mean 1.200x" in text
-    assert "graph over eager, at least 1.5x: met, geometric mean 1.728x" in text
-    assert "modules never takes more memory: missed, b (1.250x)" in text
-
-
-def test_nothing_measured_meets_no_mark():
-    for rows in ({}, {"a": {"ok": False, "says": "not measured: x is not installed"}}):
-        lines = marks.summary(rows, ["a"])
-        assert all(line.endswith("not measured") for line in lines if line)
-    half = made_up(2.0, 3.0, 2.4)
-    for contender in ("compile", "then compile"):
-        del half["python"]["eager"][contender], half["peak_bytes"][contender]
-    del half["python"]["compile"]
-    text = said({"a": half}, ["a"])
-    assert "then compile over compile, at least 1.1x: not measured" in text
-    assert "modules over eager, at least 1.5x: met" in text
-
-
 def test_the_summary_shows_the_marks(tmp_path):
     store = Store(tmp_path, "models", {})
     store.put("llama, training", {**made_up(2.0, 3.0, 2.4), "says": "fast"})
     text = gpu.summary(tmp_path, {"models": 0})
     assert "llama, training" in text and "3.00" in text
-    assert f"open, 1 of {len(CASES)} rows" in text
+    assert f"over 1 of {len(CASES)} rows" in text and ": open" in text
 
 
 def test_sizes_are_listed_without_making_any(monkeypatch):
