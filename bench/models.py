@@ -16,6 +16,7 @@ from bench.families import Family, MissingLibrary, Size, loaded
 from bench.interleave import host_timer, interleave, summarize
 from bench.machine import Host
 from bench.model_lines import line
+from bench.passes import shapes_of
 from bench.store import Row
 from bench.zoo import DECODE, FAMILIES
 from fastdl.optimize.graph import sites as sites_of
@@ -25,6 +26,8 @@ from fastdl.optimize.verify import Reference
 # Several contenders share the code of a model's forward, and each is compiled for itself. One that
 # went back to eager without a word would be timed as something that it is not.
 LIMITS = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+
+SEED = 0
 
 HERE, SMALL = "float64, at this size", "float64, at small size"
 
@@ -45,7 +48,7 @@ class Case:
         return self.family.large
 
     def step(self, size: Size, device: str, dtype: torch.dtype) -> "Step":
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         model = size.make().to(device, dtype)
         inputs = _placed(size.inputs(), device, dtype)
         return Step(model, inputs if self.training else _asked(model, inputs)).train(self.training)
@@ -197,6 +200,8 @@ def measure(
         "ok": not any(name in refused for name in OURS), "training": case.training, "proof": how,
         "dtype": str(dtype).removeprefix("torch."), "refused": refused,
         "contenders": {name: one.facts for name, one in ready.items()}, "libraries": loaded(),
+        "shapes": shapes_of(step.inputs), "seeds": [SEED],
+        "parameters": sum(p.numel() for p in step.parameters()),
     }  # fmt: skip
     return {**row, "says": line(row)}
 

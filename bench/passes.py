@@ -49,8 +49,7 @@ class Inputs:
     @property
     def shapes(self) -> list[str]:
         """Of the tensors of a call, in order."""
-        given = tensors((self.first.args, self.first.keywords))
-        return [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in given]
+        return shapes_of((self.first.args, self.first.keywords))
 
     @property
     def seeds(self) -> list[int]:
@@ -78,6 +77,10 @@ class Inputs:
                 for _ in range(len(self))
             ]
         return self._upstream[i]
+
+
+def shapes_of(values: Any) -> list[str]:
+    return [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors(values)]
 
 
 def _as_leaves(call: "partial[Any]") -> "tuple[partial[Any], list[Tensor]]":

@@ -57,6 +57,7 @@ def test_a_row(training):
     json.dumps(row)
     assert row["ok"] and not row["refused"] and not row["recompiled"]
     assert row["proof"] == models.HERE
+    assert row["shapes"] == ["float32[6, 32]"] and row["seeds"] == [0] and row["parameters"] > 0
     for way in ("python", "graph"):
         assert row[way]["eager"].keys() == PLAIN
     facts = row["contenders"]
