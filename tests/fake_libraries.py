@@ -17,7 +17,7 @@ def liger_rms_norm(X, W, eps, offset=0.0, casting_mode="llama", in_place=True):
     h = X.float()
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     if casting_mode == "llama":
-        return h.to(X.dtype) * (W + offset)
+        return (h.to(X.dtype) * (W.float() + offset)).to(X.dtype)
     assert casting_mode == "gemma"
     return (h * (W.float() + offset)).to(X.dtype)
 
