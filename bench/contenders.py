@@ -189,7 +189,7 @@ def apart(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 
 def rms(x: Tensor) -> float:
-    return float(x.double().norm()) / max(x.numel(), 1) ** 0.5
+    return float(x.detach().double().norm()) / max(x.numel(), 1) ** 0.5
 
 
 def reason(problem: Exception) -> str:

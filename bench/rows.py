@@ -59,7 +59,7 @@ def measure(
     with fastdl.policy("fused", on_fallback="error"):
         explained = fastdl.explain(inputs.first)
         for what in passes_of(case):
-            with retained() if what == "backward" else contextlib.nullcontext():
+            with retained(what):
                 prepared = prepare(case, machine, inputs, what, compiled)
                 times = timed(prepared, machine, rounds, warm_s)
             for name, why in prepared.refused.items():
@@ -77,8 +77,10 @@ def measure(
     return finished(row, ceilings)
 
 
-def retained() -> Any:
-    """A graph that torch.compile made may be kept for another backward pass."""
+def retained(what: str) -> Any:
+    """What torch.compile's forward keeps is there for more than one backward pass."""
+    if what != "backward":
+        return contextlib.nullcontext()
     return torch._functorch.config.patch(donated_buffer=False)
 
 

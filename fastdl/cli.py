@@ -238,7 +238,7 @@ def _checkout() -> Path | None:
 def _add_bench(commands: Any) -> None:
     about = "time the ops with pytest-benchmark; needs a checkout of fastdl"
     parser = _command(commands, "bench", _bench, about, "fastdl bench -k layer_norm")
-    parser.usage = "fastdl bench [-h] [any option of pytest]"
+    parser.usage = "fastdl bench [-h] [--compare OLD.json] [any option of pytest]"
 
 
 def _bench(args: argparse.Namespace) -> int:
