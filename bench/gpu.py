@@ -78,7 +78,7 @@ def guarded(work: Work, machine: Host) -> Row:
 
 def run_all(options: argparse.Namespace, folder: Path) -> int:
     """Processes of its own for each stage: a device error in one does not reach the next."""
-    before = options.compare and gate.load(options.compare)
+    before = gate.read(options.compare) if options.compare else None
     environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **better_ptxas()}
     end = time.monotonic() + 60 * options.within
     codes = {}
@@ -92,7 +92,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> int:
     print(summary(folder, codes))
     bad = [code for code in codes.values() if code not in (0, UNFINISHED)]
     if before is not None:
-        verdict = gate.compare(before, gate.load(folder))
+        verdict = gate.compared(before, gate.read(folder))
         print(f"\n{verdict}")
         bad += [FAILED] * (not verdict.ok)
     return FAILED if bad else max(codes.values(), default=0)
@@ -201,7 +201,11 @@ def main(argv: list[str] | None = None) -> int:
         return USAGE
     folder = options.out / folder_name(context.machine.name)
     if options.child is None:
-        return run_all(options, folder)
+        try:
+            return run_all(options, folder)
+        except gate.GateError as error:
+            print(f"gate: {error}", file=sys.stderr)
+            return USAGE
     run = provenance(json.loads(fastdl.env().to_json()))
     if options.child in TIMED:
         run["tuned"] = table_digest(context.machine.name)

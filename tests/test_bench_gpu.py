@@ -378,7 +378,7 @@ def test_all_of_it_on_a_machine_of_straw(straw, capsys):
 def test_a_ratio_that_got_worse_fails(straw, tmp_path, monkeypatch, capsys):
     one = partial(drive, straw, names=["layer_norm"])
     assert one() == 0
-    old = shutil.copytree(straw, tmp_path / "old")
+    old = shutil.copytree(straw, tmp_path / "old" / straw.name)
     assert one(f"--compare={old}") == 0
     measure = rows.measure
 
