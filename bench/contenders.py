@@ -14,7 +14,7 @@ from torch import Tensor
 import fastdl
 from bench import libraries
 from bench.attention import when_called
-from bench.forms import RIVALS, TORCH
+from bench.forms import RIVALS, STEPPED, TORCH
 from bench.machine import Host
 from bench.passes import PASSES, Form, Inputs, Pass
 from fastdl.contract import BenchCase, Maker
@@ -48,7 +48,7 @@ def contenders(call: "partial[Any]", compiled: bool = True) -> dict[str, Form]:
     """By name. What needs most memory comes last."""
     plain = TORCH[call.func]
     forms: dict[str, Form] = {"torch": plain, "fused": call.func}
-    if compiled:
+    if compiled and call.func not in STEPPED:
         forms["compile"] = when_called(lambda: torch.compile(plain, dynamic=False))
     if call.func in RIVALS:
         forms |= RIVALS[call.func](call, compiled)
@@ -144,6 +144,8 @@ def prepare(
     wanted = repeatable(torchs)
     calls: dict[str, Pass] = {"torch": torchs, "fused": PASSES[what](forms.pop("fused"), inputs)}
     refused = {}
+    if compiled and inputs.first.func in STEPPED:
+        refused["compile"] = "torch.compile writes out every step, not timed"
     for name in forms if only is None else forms.keys() & {only}:
         # other libraries write their gradients into what they are given
         given = Inputs(case, machine) if name in libraries.LIBRARIES else inputs

@@ -274,6 +274,9 @@ TORCH: dict[Any, Form] = {
     FF.rnn: partial(torch_recurrent, states=1),
 }
 
+# torch.compile would write out every step of these, which takes it minutes.
+STEPPED = (FF.lstm, FF.gru, FF.rnn, FF.layer_norm_lstm)
+
 
 def linear_rivals(call: "partial[Any]", compiled: bool) -> dict[str, Form]:
     """A single call of torch that does more of it than what users write: for inference."""

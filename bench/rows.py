@@ -22,7 +22,7 @@ from fastdl.contract import SPECS, BenchCase
 GRAPH_US, MOST_CALLS, CALLS_FROM_PYTHON = 1000.0, 512, 50
 
 # The definition is not timed where one call takes longer than this, and so many times torch's.
-LONG_US, SLOW = 20_000.0, 20
+LONG_US, SLOW = 5_000.0, 10
 
 # A time that changes by more than this from the first third of the rounds to the last is told.
 DRIFT = 0.05
@@ -239,14 +239,16 @@ def _line(found: dict[str, Any]) -> list[str]:
     """Of one pass."""
     way, peaks = found[found["how"]], found["peak_bytes"]
     fused, base, over = Stats(**way["contenders"]["fused"]), way["baseline"], way["over"]
+    python = found["python"]
+    called = python["over"]
     beside = [name for name in over if name not in OWN or name == "torch"]
     parts = [
         f"{fused.us:9.1f} us",
         f"{fused.ratio:5.2f}x {base}",
         *(f"{over[name]['ratio']:5.2f}x {name}" for name in beside if name != base),
         f"{found['roofline']:4.0%} of the roof" if "roofline" in found else "",
-        f"called {found['python']['over'][base]['ratio']:5.2f}x" if found["how"] == "graph" else "",
-        f"memory {peaks['fused'] / max(peaks[base], 1):4.2f}x",
+        f"called {called[base]['ratio']:5.2f}x" if base in called and way is not python else "",
+        f"memory {peaks['fused'] / max(peaks[base], 1):4.2f}x" if base in peaks else "",
         "NO GRAPH" if found["no_graph"].keys() & {"torch", "fused"} else "",
         drifted(way["contenders"], ("fused", base)),
     ]

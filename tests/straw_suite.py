@@ -15,7 +15,7 @@ from fastdl.contract.evaluate import Error
 CASES = {
     "linear": lambda t: partial(FF.linear, t(5, 16), t(8, 16), t(8), activation="relu"),
     "layer_norm": lambda t: partial(FF.layer_norm, t(6, 24), (24,), t(24), t(24)),
-    "softmax": lambda t: partial(FF.softmax, t(3, 5), -1),
+    "softmax": lambda t: partial(FF.softmax, t(8, 24), -1),
 }
 
 WRONG = Error(2.0, 0.1, 0.2)

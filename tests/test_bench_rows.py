@@ -230,6 +230,13 @@ def test_a_definition_that_takes_too_long_is_not_timed(monkeypatch):
     assert "times as slow as torch" in row["refused"]["definition"]
 
 
+def test_steps_are_not_written_out(monkeypatch):
+    case = small("gru", lambda t: partial(FF.gru, t(2, 1, 4), None, [t(12, 4), t(12, 4)]))
+    row = measure(case, compiled=True)
+    assert timed(row) == {"torch", "fused", "definition"}
+    assert row["refused"] == {"compile": "torch.compile writes out every step, not timed"}
+
+
 def test_ratios_are_to_the_fastest_that_torch_has():
     us = {
         "torch": 30.0, "fused": 10.0, "flash": 20.0, "flex": 18.0, "compile": 15.0, "liger": 5.0,
@@ -261,6 +268,14 @@ def test_the_line_of_a_row():
         "backward:      10.0 us   2.00x flash   3.00x torch   1.50x compile  "
         "called  2.00x  memory 0.50x  in L2  WRONG: flex"
     )
+
+
+def test_the_line_of_a_row_whose_baseline_was_only_captured():
+    us = {"torch": [30.0] * 4, "fused": [10.0] * 4}
+    graphs, peaks = {**us, "definition": [20.0] * 4}, {"torch": 100, "fused": 50}
+    found = rows.summary(rows.Times({"graph": graphs, "python": us}, 1, {}, peaks))
+    said = rows.line({"passes": {"forward": found}, "refused": {}, "cold": True})
+    assert said == "     10.0 us   2.00x definition   3.00x torch"
 
 
 def test_a_row_that_cannot_be_captured_says_so():
