@@ -333,6 +333,7 @@ def straw(monkeypatch, tmp_path):
         ("conv_cases", lambda facts: []), ("attention_cases", lambda facts: []),
     ):  # fmt: skip
         monkeypatch.setattr(stages, name, value)
+    monkeypatch.setitem(SPECS, "layer_norm", spec)
     monkeypatch.setattr(far, "CASES", {"layer_norm": far.CASES["layer_norm"]})
     monkeypatch.setattr(far, "ELEMENTS", 5 * 4096)
     monkeypatch.setattr(streams, "ROUNDS", 2)
