@@ -19,8 +19,22 @@ Call = Callable[[], Any]
 MANY = 128
 
 
+class Asked(NamedTuple):
+    """What an op asks the tables for. Sizes of one class have one key."""
+
+    op: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        return _tuned.key_of(*self)
+
+
 class Problem(NamedTuple):
-    """One entry to be found. `truth` is in fp64; `replaceable`: torch can take over this pass."""
+    """One entry to be found. `torch` is what users write, and `truth` is in fp64. `replaceable`:
+    the table can send the op to torch.
+    """
 
     op: str
     dtype: torch.dtype
@@ -31,8 +45,8 @@ class Problem(NamedTuple):
     replaceable: bool = True
 
     @property
-    def key(self) -> str:
-        return _tuned.key_of(self.op, self.dtype, self.sizes)
+    def asked(self) -> Asked:
+        return Asked(self.op, self.dtype, self.sizes)
 
 
 def _linear(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
@@ -48,18 +62,24 @@ def _linear(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
 
 
 def _conv(last: bool, dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
-    """Images of 32 by 32, or a line of positions, and a square kernel."""
+    """Images of at most 32 by 32 where positions can be shared out so, and a kernel that is square
+    if it can be. There are as many outputs as positions.
+    """
     positions, outs, channels, taps = sizes
-    side, side_of_kernel = (32 if positions >= 1024 else 1), math.isqrt(taps)
-    image = (
-        (positions // side**2, channels, side, side) if side > 1 else (1, channels, 1, positions)
+    height = _factor(positions, 32)
+    width = _factor(positions // height, 32)
+    side = math.isqrt(taps)
+    kernel = (side, side) if side**2 == taps else (1, taps)
+    padding = tuple((n - 1) // 2 for n in kernel)
+    rows, columns = (
+        n + k - 1 - 2 * p for n, k, p in zip((height, width), kernel, padding, strict=True)
     )
+    image = (positions // (height * width), channels, rows, columns)
     x = _normal(*image, dtype=dtype, device=device)
-    w = _normal(outs, channels, side_of_kernel, side_of_kernel, dtype=dtype, device=device)
+    w = _normal(outs, channels, *kernel, dtype=dtype, device=device)
     w, b = w / (taps * channels) ** 0.5, _normal(outs, dtype=dtype, device=device)
     if last:
         x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
-    padding = side_of_kernel // 2
     return Problem(
         "conv" if last else "conv_nchw", dtype, sizes,
         lambda: FF.conv2d(x, w, b, padding=padding, activation="relu"),
@@ -67,6 +87,11 @@ def _conv(last: bool, dtype: torch.dtype, sizes: tuple[int, ...], device: str) -
         lambda: F.relu(F.conv2d(x.double(), w.double(), b.double(), padding=padding)),
         replaceable=False,
     )  # fmt: skip
+
+
+def _factor(n: int, most: int) -> int:
+    """The largest factor of n that is no larger."""
+    return next(f for f in range(min(n, most), 0, -1) if n % f == 0)
 
 
 def _norm(
@@ -113,7 +138,7 @@ def _norm_inputs(
 ) -> list[Tensor]:
     (cols,) = sizes
     # beyond the L2 of any GPU, and a few rows even where they are few
-    rows = max((1 << 26) // cols, 64) if device == "cuda" else 5
+    rows = max((1 << 26) // cols, 64) if device != "cpu" else 5
     shapes = ((rows, cols), *[(cols,)] * factors)
     return [_normal(*shape, dtype=dtype, device=device) for shape in shapes]
 
@@ -123,7 +148,7 @@ _sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
 
 def _attention(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
     """Many rows: causal prompts. Few: one token of each of the heads that share long keys."""
-    (rows, D), small = sizes, device != "cuda"
+    (rows, D), small = sizes, device == "cpu"
     if rows < MANY:
         B, kv, group, Sq, Sk = (1, 1, rows, 1, 64) if small else (4, 8, rows, 1, 8192)
     else:
@@ -149,7 +174,7 @@ def _attention_backward(
     op: str, wanted: slice, dtype: torch.dtype, sizes: tuple[int, ...], device: str
 ) -> Problem:
     """The gradients that one kernel computes. torch's kernels compute all of them at once."""
-    (rows, D), small = sizes, device != "cuda"
+    (rows, D), small = sizes, device == "cpu"
     S = rows if rows < MANY else 65 if small else 2048
     B, H = (1, 1) if small else (4, 16)
     inputs = _heads(dtype, (B, H, S, D), (B, H, S, D), device)
