@@ -234,9 +234,12 @@ def test_the_fastest_configuration_wins(op, sizes):
     assert not skipped and (row.us, row.torch_us) == (10.0, 30.0)
     third = shortlist(op, torch.bfloat16, sizes, HERE)[2]
     entry = dict(row.entry)
-    assert entry.pop("margin") == {"ratio": 3.0, "low": 3.0, "high": 3.0}
+    if op in ("attention_dq", "attention_dkdv"):  # a part of what torch's call computes
+        assert "margin" not in entry and "a part of torch's" in str(row)
+    else:
+        assert entry.pop("margin") == {"ratio": 3.0, "low": 3.0, "high": 3.0}
+        assert "3.00x torch's speed (3.00 to 3.00)" in str(row)
     assert Config(**entry) == third
-    assert "3.00x" in str(row)
 
 
 @pytest.mark.parametrize("op, sizes", [of for of in SIZES_OF if "attention" in of[0]], ids=str)
@@ -354,7 +357,8 @@ def test_tune_writes_a_table_and_keeps_what_is_there(gpu_of_straw, user):
 def test_attention_is_tuned_pass_by_pass(gpu_of_straw, user):
     given = {"shapes": [(2, 16)], "dtypes": [torch.float16]}
     report = fastdl.tune(["attention", "attention_dq"], **given)
-    keys = [f"{op}/float16/2x16" for op in ("attention", "attention_dq", "attention_dkdv")]
+    parts = ("attention", "attention_dq", "attention_dkdv", "attention_backward")
+    keys = [f"{op}/float16/2x16" for op in parts]
     assert [row.key for row in report.rows] == keys and not report.skipped
     assert tuned.load(user)["entries"].keys() == set(keys)
 

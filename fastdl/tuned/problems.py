@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 
 class Problem(NamedTuple):
     """One entry to be found. `torch` is what users write, and `truth` is in fp64. `replaceable`:
-    the table can send the op to torch.
+    the table can send the op to torch. `whole`: it computes all that torch's call does.
     """
 
     op: str
@@ -43,6 +43,7 @@ class Problem(NamedTuple):
     torch: Call
     truth: Call
     replaceable: bool = True
+    whole: bool = True
 
     @property
     def asked(self) -> Asked:
@@ -166,14 +167,14 @@ def _attention(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Probl
     return Problem(
         "attention", dtype, (min(rows, MANY), D),
         lambda: call(FF.scaled_dot_product_attention, q, k, v), lambda: call(_sdpa, q, k, v), truth,
-        replaceable=False,
+        replaceable=rows >= MANY,
     )  # fmt: skip
 
 
 def _attention_backward(
     op: str, wanted: slice, dtype: torch.dtype, sizes: tuple[int, ...], device: str
 ) -> Problem:
-    """The gradients that one kernel computes. torch's kernels compute all of them at once."""
+    """The gradients that one kernel computes, or all of them, as torch's kernels do."""
     (rows, D), small = sizes, device == "cpu"
     S = rows if rows < MANY else 65 if small else 2048
     B, H = (1, 1) if small else (4, 16)
@@ -198,7 +199,7 @@ def _attention_backward(
     return Problem(
         op, dtype, (min(rows, MANY), D),
         gradients(FF.scaled_dot_product_attention, inputs, do), gradients(_sdpa, inputs, do), truth,
-        replaceable=False,
+        replaceable=op == "attention_backward" and rows >= MANY, whole=op == "attention_backward",
     )  # fmt: skip
 
 
@@ -256,13 +257,17 @@ PROBLEMS: dict[str, Callable[[torch.dtype, tuple[int, ...], str], Problem]] = {
     "attention": _attention,
     "attention_dq": functools.partial(_attention_backward, "attention_dq", slice(0, 1)),
     "attention_dkdv": functools.partial(_attention_backward, "attention_dkdv", slice(1, 3)),
+    "attention_backward": functools.partial(_attention_backward, "attention_backward", slice(0, 3)),
 }
 
 # What one name stands for where an op has several kernels to tune.
 PASSES = {
     "conv": ("conv", "conv_nchw"),
-    "attention": ("attention", "attention_dq", "attention_dkdv"),
+    "attention": ("attention", "attention_dq", "attention_dkdv", "attention_backward"),
 }
+
+# What is measured with the choices for others: they come first.
+AFTER_OTHERS = frozenset({"attention_backward"})
 
 # What is tuned if no shapes are given: projections of transformers, also of few rows, widths of
 # norms, and heads.
@@ -293,4 +298,5 @@ DEFAULTS: dict[str, list[tuple[int, ...]]] = {
     "attention": [(1, 128), (4, 128), (8, 128), (MANY, 64), (MANY, 128)],
     "attention_dq": [(MANY, 64), (MANY, 128)],
     "attention_dkdv": [(MANY, 64), (MANY, 128)],
+    "attention_backward": [(MANY, 64), (MANY, 128)],
 }

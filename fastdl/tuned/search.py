@@ -46,9 +46,10 @@ class Row:
     def __str__(self) -> str:
         winner = "torch" if self.entry["variant"] == "torch" else _brief(self.entry)
         count = f"of {self.tried}" + (f", {len(self.dropped)} dropped" if self.dropped else "")
+        margin = Margin(**self.entry["margin"]) if "margin" in self.entry else "a part of torch's"
         return (
             f"{self.key:44} {self.us:9.1f} us {self.torch_us:9.1f} us torch "
-            f"{Margin(**self.entry['margin'])}  {winner}  {count}"
+            f"{margin}  {winner}  {count}"
         )
 
 
@@ -117,7 +118,8 @@ def search(
     best = min(finalists, key=medians.__getitem__)
     margin = margin_of(fine["torch"], fine[best])
     # torch is faster by more than noise if it is in three rounds of four
-    entry = _entry(TORCH if replaces and margin.high < 1 else proven[best], margin)
+    winner = TORCH if replaces and margin.high < 1 else proven[best]
+    entry = _entry(winner, margin if problem.whole else None)
     return Row(
         problem.asked.key, entry, medians[best], medians["torch"], len(proven), offer.dropped
     )
@@ -160,7 +162,9 @@ def _is_right(call: Call, truth: Any, allowed: float) -> bool:
 def _error(got: Any, truth: Any) -> float:
     """Relative error of the worst of the tensors; inf where it is not a number."""
     pairs = zip(_tensors(got), _tensors(truth), strict=True)
-    worst = max(float((g.detach().double() - t).norm() / t.norm().clamp_min(1e-30)) for g, t in pairs)
+    worst = max(
+        float((g.detach().double() - t).norm() / t.norm().clamp_min(1e-30)) for g, t in pairs
+    )
     return worst if worst == worst else float("inf")
 
 
@@ -172,14 +176,16 @@ def _medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _entry(config: Config, margin: Margin) -> dict[str, Any]:
-    entry = asdict(config)
-    del entry["source"]
-    # more digits would say nothing
-    rounded = {name: float(f"{value:.4g}") for name, value in margin._asdict().items()}
-    if config.variant == "torch":
-        return {"blocks": {}, "variant": "torch", "margin": rounded}
-    return {**entry, "blocks": dict(config.blocks), "margin": rounded}
+def _entry(config: Config, margin: Margin | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"blocks": {}, "variant": "torch"}
+    if config.variant != "torch":
+        entry = {**asdict(config), "blocks": dict(config.blocks)}
+        del entry["source"], entry["margin"]
+    if margin is not None:
+        # more digits would say nothing
+        digits = {name: float(f"{value:.4g}") for name, value in margin._asdict().items()}
+        entry["margin"] = digits
+    return entry
 
 
 def events(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..ops import _launch, _tuned
 from ..ops._launch import Device
-from .problems import DEFAULTS, PASSES, Asked
+from .problems import AFTER_OTHERS, DEFAULTS, PASSES, Asked
 from .search import Offer, Row, events, run
 
 
@@ -95,6 +95,7 @@ def solve(
     there = set() if again else _tuned.read(target).keys()
     known = [asked.key for asked in wanted if asked.key in there]
     left = [asked for asked in wanted if asked.key not in there]
+    left.sort(key=lambda asked: asked.op in AFTER_OTHERS)
     done, provenance = 0, _provenance()
 
     def found(row: Row, seconds: float) -> None:
