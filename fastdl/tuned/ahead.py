@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 from ..ops import _launch
-from ..ops._launch import Config, Device
+from ..ops._launch import Config, Device, Launch
 from ..targets.binary import Facts
 from ..targets.pool import Pool, WorkerError, pool
 from ..targets.record import Specialisation, specialisation
@@ -67,8 +67,8 @@ def _facts(workers: Pool, job: tuple[Specialisation, Device]) -> Facts:
 
 
 def launches_of(asked: Asked, device: Device) -> list[tuple[Config, list[Specialisation]]]:
-    """The candidates, and what a launch with each of them compiles. Two that launch the same are
-    one, such as those that do not apply to these strides.
+    """The candidates, and what a launch with each of them compiles, without those that do not apply
+    to these strides or this GPU. Two that launch the same are one.
     """
     found: dict[Any, tuple[Config, list[Specialisation]]] = {}
     with (
@@ -82,10 +82,20 @@ def launches_of(asked: Asked, device: Device) -> list[tuple[Config, list[Special
             launches.clear()
             with forced(asked, config):
                 problem.fused()
+            if config.blocks and not any(_is_launched(config, launch) for launch in launches):
+                continue
             specs = [specialisation(asked.op, launch) for launch in launches]
             grids = [launch.grid for launch in launches]
             found.setdefault((*specs, *grids), (config, list(dict.fromkeys([*making, *specs]))))
     return list(found.values())
+
+
+def _is_launched(config: Config, launch: Launch) -> bool:
+    """Ops may take fewer stages, and name blocks that a configuration leaves out."""
+    found = launch.config
+    same = (found.variant, found.num_warps, found.splits)
+    blocks = config.blocks.items() <= found.blocks.items()
+    return blocks and same == (config.variant, config.num_warps, config.splits)
 
 
 def sifted(facts: Sequence[tuple[Config, Sequence[Facts]]], device: Device) -> Offer:

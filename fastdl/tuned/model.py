@@ -19,6 +19,8 @@ from ..optimize.verify import arguments
 from .problems import Asked
 from .tune import this_gpu
 
+GPU = "cuda"
+
 # What an operation and a byte take, about: only the order of shapes depends on it.
 FLOP, BYTE = 1 / 4e14, 1 / 4e12
 
@@ -31,8 +33,7 @@ def asked_by(model: nn.Module, example_inputs: Any) -> dict[Asked, float]:
     """
     if example_inputs is None:
         raise ValueError("tune: a model's shapes are told by a call: it needs example_inputs")
-    gpu = this_gpu()
-    place = "cuda" if gpu else "cpu" if _launch.INTERPRETED else "meta"
+    place = GPU if this_gpu() else "cpu" if _launch.INTERPRETED else "meta"
     with no_trace(model):
         tried = copied(model)
         if not any(map(is_ours, tried.modules())):

@@ -162,9 +162,8 @@ def _is_right(call: Call, truth: Any, allowed: float) -> bool:
 def _error(got: Any, truth: Any) -> float:
     """Relative error of the worst of the tensors; inf where it is not a number."""
     pairs = zip(_tensors(got), _tensors(truth), strict=True)
-    worst = max(
-        float((g.detach().double() - t).norm() / t.norm().clamp_min(1e-30)) for g, t in pairs
-    )
+    with torch.no_grad():
+        worst = max(float((g.double() - t).norm() / t.norm().clamp_min(1e-30)) for g, t in pairs)
     return worst if worst == worst else float("inf")
 
 
