@@ -28,6 +28,7 @@ ENTRY = {
     "variant": "tiles",
     "splits": 2,
 }
+MARGIN = {"ratio": 1.2, "low": 1.15, "high": 1.3}
 KEY, SIZES = "linear/bfloat16/16x64x128", (16, 50, 100)
 
 
@@ -69,6 +70,13 @@ DAMAGED = {
     "a block with a name of its own": json.dumps(blocks(grid=16)),
     "too many warps": json.dumps(entry(num_warps=64)),
     "warps as text": json.dumps(entry(num_warps="4")),
+    "a margin without quartiles": json.dumps(entry(margin={"ratio": 1.2})),
+    "a margin as text": json.dumps(entry(margin={**MARGIN, "low": "1"})),
+    "a margin that is true": json.dumps(entry(margin={**MARGIN, "low": True})),
+    "quartiles in no order": json.dumps(entry(margin={**MARGIN, "high": 1.1})),
+    "a margin that is no number": json.dumps(entry(margin={**MARGIN, "ratio": float("nan")})),
+    "an infinite margin": json.dumps(entry(margin={**MARGIN, "high": float("inf")})),
+    "a negative margin": json.dumps(entry(margin={**MARGIN, "low": -1.0})),
     "infinite splits": json.dumps(entry(splits=float("inf"))),
 }
 
@@ -115,6 +123,33 @@ def test_the_class_of_sizes_is_looked_up(user):
     assert tuned.lookup("linear", torch.bfloat16, (17, 50, 100), H200) is None
     assert tuned.lookup("linear", torch.float16, SIZES, H200) is None
     assert tuned.lookup("linear", torch.bfloat16, SIZES, HERE) is None
+
+
+def test_entries_have_a_margin_or_are_older(user):
+    tuned.write(user, "x", {}, {KEY: {**ENTRY, "margin": MARGIN}})
+    found = tuned.lookup("linear", torch.bfloat16, SIZES, H200)
+    assert found.margin == (1.2, 1.15, 1.3) and found == Config(**ENTRY, source="user")
+    tuned.write(user, "x", {}, {KEY: ENTRY})
+    assert tuned.lookup("linear", torch.bfloat16, SIZES, H200).margin is None
+
+
+def test_explain_shows_the_margin():
+    x, w = torch.randn(16, 100), torch.randn(50, 100)
+    key, here = tuned.key_of("linear", torch.float32, SIZES), tuned.user_file(HERE.name)
+    config = shortlist("linear", torch.float32, SIZES, HERE)[1]
+    entry = {"blocks": dict(config.blocks), "variant": config.variant, "margin": MARGIN}
+    entry |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    for margin, said in (
+        (MARGIN, "1.20x torch's speed (1.15 to 1.30)"),
+        (None, "an unknown margin"),
+    ):
+        if margin is None:
+            del entry["margin"]
+        tuned.write(here, HERE.name, {}, {key: entry})
+        lines = str(fastdl.explain(FF.linear, x, w)).splitlines()
+        assert lines[-1] == f"  measured: linear float32 16x50x100: {said} [user]"
+    tuned.write(here, HERE.name, {}, {})
+    assert "measured:" not in str(fastdl.explain(FF.linear, x, w))
 
 
 def test_the_users_table_comes_before_the_packaged_one(user, monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ from torch import nn
 import fastdl
 from fastdl import tuned
 from fastdl.cli import main
+from fastdl.contract import SPECS, Maker
 from fastdl.tuned import Device
 from fastdl.tuned.choose import MOST, configs, shortlist
 from fastdl.tuned.problems import DEFAULTS, PROBLEMS, Asked
@@ -33,6 +34,25 @@ ODD |= {4: [(1, 1, 1, 1), (49, 7, 3, 49), (100000, 1000, 513, 9)]}
 
 def every_size(op):
     return [*DEFAULTS[op], *ODD[len(DEFAULTS[op][0])]]
+
+
+@pytest.mark.slow
+def test_by_default_all_is_tuned_that_the_benchmark_times(on_no_gpu):
+    known = {Asked(op, torch.bfloat16, sizes).key for op in DEFAULTS for sizes in DEFAULTS[op]}
+    timed = {(case.make, case.backward) for spec in SPECS.values() for case in spec.bench}
+    asked = set()
+    for make, backward in timed:
+        launch = importlib.import_module("fastdl.ops._launch")
+        with launch.recording(H200), launch.asking() as lookups, on_meta():
+            maker = Maker(torch.bfloat16, device="meta", grad=backward)
+            outputs = [
+                y
+                for y in torch.utils._pytree.tree_leaves(make(maker)())
+                if backward and y.requires_grad
+            ]
+            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+        asked |= {tuned.key_of(op, dtype, sizes) for op, dtype, sizes, *_ in lookups}
+    assert len(asked) > 50 and asked <= known
 
 
 @pytest.mark.parametrize("op", DEFAULTS)

@@ -269,29 +269,39 @@ PASSES = {
 # What is measured with the choices for others: they come first.
 AFTER_OTHERS = frozenset({"attention_backward"})
 
-# What is tuned if no shapes are given: projections of transformers, also of few rows, widths of
-# norms, and heads.
-_PROJECTIONS = ((4096, 1024), (1024, 4096), (8192, 8192))
-_WIDTHS: list[tuple[int, ...]] = [(n,) for n in (256, 1024, 2048, 4096, 8192, 16384)]
-# Positions, channels out and in, taps: of residual networks and of diffusion.
+# What is tuned if no shapes are given, with all that the benchmark times: projections of
+# transformers, also of few rows, and of recurrent layers; widths of norms, of vocabularies; heads.
+_PROJECTIONS = ((4096, 1024), (1024, 4096), (8192, 8192), (6144, 4096), (28672, 4096))
+_PRODUCTS: list[tuple[int, ...]] = [
+    *((m, *sizes) for m in (16, 8192) for sizes in _PROJECTIONS),
+    (8192, 4096, 14336), (2048, 6144, 4096), (65536, 1024, 1024), (256, 512, 512),
+    (200704, 256, 64), (16384, 512, 128), (16384, 2048, 512), (4096, 8192, 2048),
+]  # fmt: skip
+_WIDTHS: list[tuple[int, ...]] = [
+    (n,) for n in (256, 1024, 2048, 4096, 8192, 16384, 128, 512, 65536)
+]
+_VOCABULARIES: list[tuple[int, ...]] = [(1 << n,) for n in (15, 17, 18)]
+# Positions, channels out and in, taps: of residual networks, of diffusion, and of sound.
 _LAYERS: list[tuple[int, ...]] = [
     (1 << 18, 64, 64, 9), (1 << 16, 128, 128, 9), (1 << 14, 256, 256, 9), (1 << 15, 320, 320, 9),
+    (200704, 256, 64, 1), (802816, 64, 3, 49), (24000, 512, 80, 3),
 ]  # fmt: skip
 # steps, rows, units
 _SEQUENCES: list[tuple[int, ...]] = [
     *((256, B, H) for B in (16, 64, 256) for H in (128, 256, 512, 1024)),
     *((1024, B, 128) for B in (1, 16, 64)),
-]
+    (64, 256, 128), (256, 1, 512), (64, 64, 1024), (64, 256, 2048),
+]  # fmt: skip
 DEFAULTS: dict[str, list[tuple[int, ...]]] = {
-    "linear": [(m, *sizes) for m in (16, 8192) for sizes in _PROJECTIONS],
+    "linear": _PRODUCTS,
     "conv": _LAYERS,
     "conv_nchw": _LAYERS,
     "layer_norm": _WIDTHS,
     "layer_norm_backward": _WIDTHS,
     "rms_norm": _WIDTHS,
     "rms_norm_backward": _WIDTHS,
-    "softmax": _WIDTHS,
-    "softmax_backward": _WIDTHS,
+    "softmax": [*_WIDTHS, *_VOCABULARIES],
+    "softmax_backward": [*_WIDTHS, *_VOCABULARIES],
     "lstm": _SEQUENCES,
     "gru": _SEQUENCES,
     "rnn": _SEQUENCES,
