@@ -13,7 +13,7 @@ import fastdl
 import fastdl.functional as FF
 from bench.machine import poisoned
 from fastdl.tuned import Config, Device, forced
-from fastdl.tuned.tune import configs
+from fastdl.tuned.choose import configs
 
 # (M, N, K): whole tiles, tails in rows of 16, tails everywhere, few rows, many steps.
 SHAPES = ((512, 512, 512), (300, 272, 208), (130, 77, 199), (5, 528, 1040), (64, 96, 8192))

@@ -17,7 +17,7 @@ import fastdl.functional as FF
 from bench.exact import REPEATS, described, fewest_and_most_splits, fp32_products, named, verdict
 from bench.machine import as_tuple, poisoned
 from fastdl.tuned import Config, Device, forced
-from fastdl.tuned.tune import configs
+from fastdl.tuned.choose import configs
 
 # What codes in queries and keys are multiplied by: 2**7 times the scale of 1/2 for a digit that
 # differs, and e**-128 is 0 in fp32.

@@ -26,7 +26,7 @@ from bench.exact import (
 )
 from bench.machine import poisoned
 from fastdl.tuned import Config, Device, forced
-from fastdl.tuned.tune import configs
+from fastdl.tuned.choose import configs
 
 
 class Layer(NamedTuple):

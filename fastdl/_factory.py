@@ -19,7 +19,8 @@ NOT_THEIRS = (
     "<frozen ",
 )
 
-EXAMPLE = "fastdl plan mypackage.models:make_model"
+MODEL = "mypackage.models:make_model"
+EXAMPLE = f"fastdl plan {MODEL}"
 
 
 class UsageError(Exception):
@@ -30,14 +31,15 @@ class UserCodeError(Exception):
     """What the user's own code raised, and where."""
 
 
-def load(path: str, *, meta: bool = False) -> tuple[nn.Module, Any]:
+def load(path: str, *, meta: bool = False, command: str = "plan") -> tuple[nn.Module, Any]:
     """The model that package.module:name is or makes, and the example inputs it comes with, or
-    None. With `meta` it is made on the meta device: shapes without memory.
+    None. With `meta` it is made on the meta device: shapes without memory. `command` is what the
+    user typed.
     """
-    made = _named(path)
+    made = _named(path, f"fastdl {command}")
     if not isinstance(made, nn.Module):
         with torch.device("meta") if meta else contextlib.nullcontext():
-            made = _called(made, path)
+            made = _called(made, path, f"fastdl {command}")
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -47,14 +49,14 @@ def load(path: str, *, meta: bool = False) -> tuple[nn.Module, Any]:
     return model, inputs
 
 
-def _named(path: str) -> Any:
+def _named(path: str, command: str) -> Any:
     """What the path names."""
     module_name, colon, name = path.partition(":")
     if module_name.endswith(".py") or os.sep in module_name:
         dotted = module_name.removesuffix(".py").replace(os.sep, ".").strip(".")
-        raise UsageError(f"{path} names a file. Type: fastdl plan {dotted}:{name or 'make_model'}")
+        raise UsageError(f"{path} names a file. Type: {command} {dotted}:{name or 'make_model'}")
     if not (module_name and colon and name):
-        raise UsageError(f"{path} is not package.module:make_model. For example: {EXAMPLE}")
+        raise UsageError(f"{path} is not package.module:make_model. For example: {command} {MODEL}")
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -66,7 +68,7 @@ def _named(path: str) -> Any:
                 raise  # an import in the user's code
             raise UsageError(
                 f"there is no module {error.name}, neither in {here} nor installed. "
-                f"For example: {EXAMPLE}"
+                f"For example: {command} {MODEL}"
             ) from None
     if not hasattr(module, name):
         public = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
@@ -76,14 +78,14 @@ def _named(path: str) -> Any:
     return getattr(module, name)
 
 
-def _called(factory: Any, path: str) -> Any:
+def _called(factory: Any, path: str, command: str) -> Any:
     if not callable(factory):
         raise UsageError(f"{path} is a {type(factory).__name__}, not a function that makes a model")
     try:
         _signature(factory).bind()
     except TypeError as error:
-        raise UsageError(f"{path} takes arguments ({error}). {_advice(path)}") from None
-    advice = _advice(path) if inspect.isclass(factory) else ""
+        raise UsageError(f"{path} takes arguments ({error}). {_advice(path, command)}") from None
+    advice = _advice(path, command) if inspect.isclass(factory) else ""
     with blamed(path, advice):
         return factory()
 
@@ -95,7 +97,7 @@ def _signature(factory: Callable[..., Any]) -> inspect.Signature:
         return inspect.Signature()
 
 
-def _advice(path: str) -> str:
+def _advice(path: str, command: str) -> str:
     """How to write a factory for something that takes arguments."""
     module, _, name = path.partition(":")
     return (
@@ -103,7 +105,7 @@ def _advice(path: str) -> str:
         f"  from {module} import {name}\n"
         f"  def make_model():\n"
         f"      return {name}(...)\n"
-        "and type: fastdl plan models:make_model"
+        f"and type: {command} models:make_model"
     )
 
 

@@ -256,26 +256,28 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _add_tune(commands: Any) -> None:
     about = "measure launch configurations on this GPU, and keep the fastest"
-    parser = _command(commands, "tune", _tune, about, "fastdl tune linear --budget 300")
-    parser.add_argument("op", nargs="*", help="default: all that have configurations")
+    example = "fastdl tune mypackage.models:make_model --budget 60"
+    parser = _command(commands, "tune", _tune, about, example)
+    parser.add_argument("op", nargs="*",
+        help="names of ops, default: all that have configurations; or package.module:make_model, a "
+        "function that returns a model with its example inputs: what it calls is tuned, forward "
+        "and backward")  # fmt: skip
     parser.add_argument("--budget", type=float, default=60, metavar="SECONDS", help="default: 60")
+    parser.add_argument("--again", action="store_true", help="also what your table has already")
+    parser.add_argument("--list", action="store_true",
+        help="say what would be tuned, the most expensive first; needs no GPU")  # fmt: skip
     _json_option(parser)
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from .ops import _launch
-    from .tuned.tune import DEFAULTS, tune
+    from ._tune import names_a_model, run
+    from .tuned.problems import DEFAULTS
 
-    _known("op", args.op, DEFAULTS)
+    if not names_a_model(args.op):
+        _known("op", args.op, DEFAULTS)
     if args.budget <= 0:
         raise UsageError("--budget is in seconds, more than 0. Type: fastdl tune --budget 60")
-    if not torch.cuda.is_available() or _launch.INTERPRETED:
-        _note("configurations are measured on a GPU, and there is none that kernels could run on")
-        return FAILED
-    with Progress("tune") as progress:
-        report = tune(args.op or None, budget_s=args.budget, progress=progress.line)
-    print(report.to_json() if args.json else report)
-    return 0 if report.rows else FAILED
+    return 0 if run(args) else FAILED
 
 
 def _add_report(commands: Any) -> None:

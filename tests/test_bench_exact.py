@@ -19,7 +19,7 @@ from bench.exact_conv import LAYERS, Layer, check_conv, conv_cases
 
 import fastdl.functional as FF
 from fastdl.tuned import Device, forced
-from fastdl.tuned.tune import configs
+from fastdl.tuned.choose import configs
 
 H200 = Device("NVIDIA H200", "cuda", 90, sms=132, shared=232448)
 

@@ -72,9 +72,10 @@ def test_recurrence_is_cudnns_until_it_is_measured(table, monkeypatch):
     key = table("gru", W, {**entry, "variant": walk.variant})
     (row,) = by_shape("gru").values()
     assert row.measured == key and row.by.startswith("Triton: ")
-    key = table("gru", W, {"blocks": {}, "variant": "torch"})
+    margin = {"ratio": 0.5, "low": 0.4, "high": 0.6}
+    key = table("gru", W, {"blocks": {}, "variant": "torch", "margin": margin})
     (row,) = by_shape("gru").values()
-    assert row[3:] == ("cuDNN", key)
+    assert row[3:] == ("cuDNN", f"{key[:-1]}, 0.50x torch's speed (0.40 to 0.60))")
 
 
 def test_the_command_prints_it(table, monkeypatch, capsys):

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,11 +42,25 @@ class Device:
 INTERPRETER = Device("interpreter", "interpreter", 90, sms=3, shared=232448)
 
 
+class Margin(NamedTuple):
+    """How much faster than torch kernels were measured: the median of torch's time over theirs in
+    the same round, and its quartiles.
+    """
+
+    ratio: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f}x torch's speed ({self.low:.2f} to {self.high:.2f})"
+
+
 @dataclass(frozen=True)
 class Config:
     """How an op is launched: which of its kernels, block sizes, warps and stages, and who says so.
 
-    `variant` names the kernel where an op has several; "torch" means that torch measured faster.
+    `variant` names the kernel where an op has several; "torch" means that torch measured faster,
+    and `margin` by how much.
     """
 
     blocks: Mapping[str, int]
@@ -55,6 +69,7 @@ class Config:
     variant: str = ""
     splits: int = 1
     source: str = "rule"
+    margin: Margin | None = field(default=None, compare=False)
 
     def __getitem__(self, block: str) -> int:
         return self.blocks[block]
@@ -78,6 +93,18 @@ class Launch:
         )
 
 
+class Lookup(NamedTuple):
+    """One question to the tables of measurements and its answer; `at` launches were recorded by
+    then.
+    """
+
+    op: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    found: Config | None
+    at: int
+
+
 @dataclass
 class _Recorder:
     launches: list[Launch] = field(default_factory=list)
@@ -86,6 +113,7 @@ class _Recorder:
 
 class _State(threading.local):
     recorder: _Recorder | None = None
+    lookups: list[Lookup] | None = None
 
 
 _state = _State()
@@ -136,6 +164,23 @@ def recording(device: Device | None = None) -> Iterator[list[Launch]]:
         yield _state.recorder.launches
     finally:
         _state.recorder = outer
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[list[Lookup]]:
+    """Collect what ops ask the tables of measurements."""
+    outer, _state.lookups = _state.lookups, []
+    try:
+        yield _state.lookups
+    finally:
+        _state.lookups = outer
+
+
+def note(op: str, dtype: torch.dtype, sizes: tuple[int, ...], found: Config | None) -> None:
+    """Tell whoever collects lookups."""
+    if _state.lookups is not None:
+        at = len(_state.recorder.launches) if _state.recorder is not None else 0
+        _state.lookups.append(Lookup(op, dtype, sizes, found, at))
 
 
 def is_dry() -> bool:

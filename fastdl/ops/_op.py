@@ -77,8 +77,12 @@ class LibraryOp:
         return self._decline(*args)
 
     def _fake(self, *args: Any) -> Any:
-        # In a dry run real meta tensors walk through the launcher, so that it can be recorded.
-        return self.launch(*args) if _launch.is_dry() else self.like(*args)
+        if not _launch.is_dry():
+            return self.like(*args)
+        # Real meta tensors walk through the launcher, so that it can be recorded, and whatever the
+        # tables are asked before.
+        self._decline(*args)
+        return self.launch(*args)
 
 
 def autocast_to_lower(*tensors: Any) -> tuple[Any, ...]:

@@ -181,10 +181,13 @@ def prefers_torch(measured_winner: str) -> bool:
 
 
 class Explanation(NamedTuple):
-    """What `explain` saw: decisions of both deciders and the launches they led to."""
+    """What `explain` saw: decisions of both deciders, what tables answered, and the launches that
+    all of it led to.
+    """
 
     decisions: list[Decision]
     launches: "list[_launch.Launch]"
+    measured: "list[_launch.Lookup]"
 
     @property
     def fused(self) -> bool:
@@ -196,6 +199,12 @@ class Explanation(NamedTuple):
             what = "fused" if reason is None else f"torch, because {reason.value}"
             lines.append(f"{op} ({stage}): {what}{detail and f' ({detail})'}")
         lines += [f"  {launch}" for launch in self.launches]
+        # an op may ask the same twice
+        told = {(m.op, m.dtype, m.sizes): m.found for m in self.measured if m.found is not None}
+        for (op, dtype, sizes), found in told.items():
+            kind, margin = str(dtype).removeprefix("torch."), found.margin or "an unknown margin"
+            shape = "x".join(map(str, sizes))
+            lines.append(f"  measured: {op} {kind} {shape}: {margin} [{found.source}]")
         return "\n".join(lines) or "no fastdl op ran"
 
 
@@ -204,8 +213,12 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     outer, _state.log = _state.log, []
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=devices), _launch.recording() as launches:
+        with (
+            torch.random.fork_rng(devices=devices),
+            _launch.recording() as launches,
+            _launch.asking() as measured,
+        ):
             op(*args, **kwargs)
-        return Explanation(_state.log, launches)
+        return Explanation(_state.log, launches, measured)
     finally:
         _state.log = outer

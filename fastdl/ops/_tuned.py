@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ._launch import Config, Device, power_of_2
+from . import _launch
+from ._launch import Config, Device, Margin, power_of_2
 from ._route import prefers_torch
 
 SCHEMA = 1
@@ -45,7 +46,8 @@ def lookup(op: str, dtype: Any, sizes: tuple[int, ...], device: Device) -> Confi
     """The measured configuration for these sizes on this GPU: the user's, else the packaged one."""
     config = _find(op, dtype, sizes, device)
     if config is not None and config.variant == "torch" and not prefers_torch("torch"):
-        return None
+        config = None
+    _launch.note(op, dtype, sizes, config)
     return config
 
 
@@ -59,7 +61,10 @@ def _find(op: str, dtype: Any, sizes: tuple[int, ...], device: Device) -> Config
         entry = read(path).get(key)
         if entry is None:
             continue
-        config = Config(**{**entry, "source": source})
+        margin = entry.get("margin")
+        config = Config(
+            **{**entry, "source": source, "margin": None if margin is None else Margin(**margin)}
+        )
         if _is_candidate(config, op, dtype, sizes, device):
             return config
         _warn_once(path, f"entry {key!r} is no configuration that this version tests")
@@ -178,7 +183,7 @@ def check(table: Any) -> None:
 
 
 def _check_entry(key: str, entry: Any) -> None:
-    if not isinstance(entry, dict) or not entry.keys() <= {"blocks", "variant", *_WHOLE}:
+    if not isinstance(entry, dict) or not entry.keys() <= {"blocks", "variant", "margin", *_WHOLE}:
         raise ValueError(f"entry {key!r} has keys that are not known")
     blocks = entry.get("blocks")
     if not isinstance(blocks, dict) or not isinstance(entry.get("variant", ""), str):
@@ -197,6 +202,20 @@ def _check_entry(key: str, entry: Any) -> None:
             raise ValueError(
                 f"entry {key!r}: {name} = {entry[name]!r} is not between {low} and {high}"
             )
+    if "margin" in entry and not _is_margin(entry["margin"]):
+        raise ValueError(
+            f"entry {key!r}: margin = {entry['margin']!r} is not a ratio between its quartiles"
+        )
+
+
+def _is_margin(value: Any) -> bool:
+    """Three positive numbers in their order; comparisons refuse what is not a number."""
+    if not isinstance(value, dict) or value.keys() != {*Margin._fields}:
+        return False
+    if not all(type(part) in (int, float) for part in value.values()):
+        return False
+    margin = Margin(**value)
+    return 0 < margin.low <= margin.ratio <= margin.high < float("inf")
 
 
 def _is_whole(value: Any, low: int, high: int) -> bool:

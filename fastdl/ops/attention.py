@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import attention_flash
 from ._op import (
     LibraryOp,
     Op,
@@ -139,6 +140,8 @@ def vendor(*args: Any) -> Any:
 
 
 def _torch_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    if attention_flash.serves(Given(*args)):
+        return attention_flash.forward(Given(*args))
     o, lse = like(*args)
     result, natural = definition(*args, True)
     return o.copy_(result), lse.copy_(natural / LN2)
@@ -150,10 +153,23 @@ def _decline(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Reason | None:
     return Reason.SIZE if max(q.shape[3], v.shape[3]) > 512 else None
 
 
+def _decline_forward(*args: Any) -> Reason | None:
+    faster = attention_flash.is_faster("forward", Given(*args))
+    return Reason.MEASURED if faster else _decline(*args)
+
+
+def _decline_backward(do: Tensor, dlse: Any, o: Tensor, lse: Tensor, *rest: Any) -> Reason | None:
+    *args, _ = rest
+    faster = dlse is None and attention_flash.is_faster("backward", Given(*args))
+    return Reason.MEASURED if faster else _decline(*args)
+
+
 def _torch_backward(
     do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, *rest: Any
 ) -> Gradients:
     *args, needs = rest
+    if dlse is None and attention_flash.serves(Given(*args)):
+        return attention_flash.backward(do, o, lse, Given(*args), needs)
     made = like_backward(do, dlse, o, lse, *rest)
     wanted = _wanted(needs)
     upstream = do if dlse is None else (do, dlse)
@@ -171,13 +187,15 @@ def _wanted(needs: Any) -> list[bool]:
     return [by_place.get(i, False) for i in range(len(Given._fields) + 1)]
 
 
-FORWARD = LibraryOp("attention", forward, like=like, torch_form=_torch_forward, decline=_decline)
+FORWARD = LibraryOp(
+    "attention", forward, like=like, torch_form=_torch_forward, decline=_decline_forward
+)
 BACKWARD = LibraryOp(
     "attention_backward",
     backward,
     like=like_backward,
     torch_form=_torch_backward,
-    decline=lambda do, dlse, o, lse, *args: _decline(*args),
+    decline=_decline_backward,
 )
 
 # The definition keeps all probabilities; more than this of them is a mistake.

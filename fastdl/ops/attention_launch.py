@@ -100,13 +100,20 @@ _EXACT_BLOCKS = {
 
 def choose(part: str, a: Given) -> Config:
     """Blocks of rows and keys for one pass: "forward", "dq", "dkdv" or "dbias"."""
-    device, rows = device_of(a.q), _longest(a)[0] * (_group(a) if part in ("forward", "dq") else 1)
-    shape = Shape(min(power_of_2(rows), 128), _wider(a), _load(a), _exact(a.q.dtype))
+    device, (key, dtype, sizes) = device_of(a.q), asked(part, a)
+    shape = Shape(*sizes, _load(a), _exact(dtype))
     if shape.load == 0:  # what is measured says nothing of more
-        tuned = _tuned.lookup(_key(part), a.q.dtype, (shape.rows, shape.width), device)
-        if tuned is not None:
+        tuned = _tuned.lookup(key, dtype, sizes, device)
+        # torch has few of the calls
+        if tuned is not None and tuned.variant != "torch":
             return tuned
-    return _rule(part, shape, a.q.dtype.itemsize, device)
+    return _rule(part, shape, dtype.itemsize, device)
+
+
+def asked(part: str, a: Given) -> tuple[str, torch.dtype, tuple[int, int]]:
+    """What tables know a pass by: rows, those of heads that share a block together, and columns."""
+    rows = _longest(a)[0] * (_group(a) if part in ("forward", "dq") else 1)
+    return _key(part), a.q.dtype, (min(power_of_2(rows), 128), _wider(a))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -180,6 +187,9 @@ def _candidates(part: str) -> _tuned.Candidates:
 # The pass for a bias has no plain form.
 for _part in ("forward", "dq", "dkdv"):
     _tuned.CANDIDATES[_key(_part)] = _candidates(_part)
+
+# All of backward is a choice between these kernels, as they are, and torch's.
+_tuned.CANDIDATES[_key("backward")] = lambda *asked: [Config({}, variant="kernels")]
 
 
 def _wider(a: Given) -> int:

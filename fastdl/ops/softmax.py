@@ -139,7 +139,7 @@ def _forward(
 
 
 def _torch_forward(x: Tensor, *args: Any) -> Tensor:
-    return _like(x, *args).copy_(definition(x, *args))
+    return definition(x, *args).contiguous()
 
 
 def _decline(x: Tensor, mask: Tensor | None, dim: int, *options: Any) -> Reason | None:

@@ -1,6 +1,6 @@
 """The GPUs that kernels are compiled for, whether one is here or not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..ops._launch import Device, cdiv
 
@@ -43,6 +43,11 @@ TARGETS = {
         Target(Device("gfx942", "hip", "gfx942", 304, 65536), 64, 32, 2048, 65536),
     )
 }
+
+
+def target_like(device: Device) -> Target:
+    """A GPU of which no more is known than launch rules ask."""
+    return replace(TARGETS["gfx942" if device.backend == "hip" else "sm_90"], device=device)
 
 
 def target_of(name: str) -> Target:

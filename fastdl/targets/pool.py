@@ -7,7 +7,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ class Pool:
     def map(self, ask: Callable[["Pool", Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         return self._threads.map(lambda item: ask(self, item), items)
 
+    def start(self, ask: Callable[["Pool", Any], Any], item: Any) -> "Future[Any]":
+        return self._threads.submit(ask, self, item)
+
     def request(self, request: dict[str, Any]) -> Any:
         """Ask this thread's worker."""
         worker = getattr(self._local, "worker", None)
@@ -41,8 +44,10 @@ class Pool:
 
 
 @contextmanager
-def pool(size: int | None = None) -> Iterator[Pool]:
-    made = Pool(size or os.cpu_count() or 1)
+def pool(size: int | None = None, most: int | None = None) -> Iterator[Pool]:
+    """As many workers as processors, at `most` so many."""
+    size = size or os.cpu_count() or 1
+    made = Pool(min(size, most or size))
     try:
         yield made
     finally:

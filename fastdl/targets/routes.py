@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -61,24 +60,18 @@ def _forward(op: str) -> Iterator[BenchCase]:
 
 
 def _route(op: str, case: BenchCase, device: Device) -> Route:
-    asked: dict[str, Any] = {}
     with (
-        mock.patch.object(_tuned, "lookup", partial(_note, _tuned.lookup, asked)),
         # torch refuses to answer for meta tensors
         mock.patch.object(torch, "is_autocast_enabled", lambda *device: False),
         torch.no_grad(),
         _launch.recording(device) as launches,
+        _launch.asking() as lookups,
     ):
         case.make(Maker(case.dtype, device="meta", grad=False))()
+    asked = {_tuned.key_of(op, dtype, sizes): found for op, dtype, sizes, found, _ in lookups}
     kernels = list(dict.fromkeys(launch.kernel.name for launch in launches))
     dtype = str(case.dtype).removeprefix("torch.")
     return Route(op, case.name, dtype, _by(kernels, asked), _measured(asked, device))
-
-
-def _note(lookup: Any, asked: dict[str, Any], op: str, dtype: Any, sizes: Any, device: Any) -> Any:
-    found = lookup(op, dtype, sizes, device)
-    asked[_tuned.key_of(op, dtype, sizes)] = found
-    return found
 
 
 def _by(kernels: list[str], asked: dict[str, Any]) -> str:
@@ -90,7 +83,11 @@ def _by(kernels: list[str], asked: dict[str, Any]) -> str:
 
 def _measured(asked: dict[str, Any], device: Device) -> str:
     """Which entries were found, in the user's table or in the one that comes with fastdl."""
-    found = [f"{key} ({_table(c.source, device)})" for key, c in asked.items() if c is not None]
+    found = [
+        f"{key} ({_table(c.source, device)}{f', {c.margin}' if c.margin else ''})"
+        for key, c in asked.items()
+        if c is not None
+    ]
     return ", ".join(found) or "not measured: a rule by shape"
 
 

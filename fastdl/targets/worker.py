@@ -6,12 +6,16 @@ import os
 import sys
 from typing import Any
 
-from .devices import target_of
+from ..ops._launch import Device
+from .devices import target_like, target_of
 from .record import Specialisation, pick, specialisations
 
 
 def answer(request: dict[str, Any]) -> Any:
-    target = target_of(request["target"])
+    if "device" in request:
+        target = target_like(Device(**request["device"]))
+    else:
+        target = target_of(request["target"])
     if "op" in request:
         found = specialisations(request["op"], target, request["configs"])
         return [dataclasses.asdict(spec) for spec in pick(found, request["limit"])]

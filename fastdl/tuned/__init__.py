@@ -1,6 +1,6 @@
 """Measured launch configurations: where the tables are, how they are read and written."""
 
-from ..ops._launch import Config, Device, device_of
+from ..ops._launch import Config, Device, Margin, device_of
 from ..ops._tuned import (
     CANDIDATES,
     MAX_BYTES,
@@ -24,6 +24,7 @@ __all__ = [
     "SCHEMA",
     "Config",
     "Device",
+    "Margin",
     "check",
     "device_of",
     "forced",

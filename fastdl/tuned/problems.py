@@ -19,8 +19,22 @@ Call = Callable[[], Any]
 MANY = 128
 
 
+class Asked(NamedTuple):
+    """What an op asks the tables for. Sizes of one class have one key."""
+
+    op: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        return _tuned.key_of(*self)
+
+
 class Problem(NamedTuple):
-    """One entry to be found. `truth` is in fp64; `replaceable`: torch can take over this pass."""
+    """One entry to be found. `torch` is what users write, and `truth` is in fp64. `replaceable`:
+    the table can send the op to torch. `whole`: it computes all that torch's call does.
+    """
 
     op: str
     dtype: torch.dtype
@@ -29,10 +43,11 @@ class Problem(NamedTuple):
     torch: Call
     truth: Call
     replaceable: bool = True
+    whole: bool = True
 
     @property
-    def key(self) -> str:
-        return _tuned.key_of(self.op, self.dtype, self.sizes)
+    def asked(self) -> Asked:
+        return Asked(self.op, self.dtype, self.sizes)
 
 
 def _linear(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
@@ -48,18 +63,24 @@ def _linear(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
 
 
 def _conv(last: bool, dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
-    """Images of 32 by 32, or a line of positions, and a square kernel."""
+    """Images of at most 32 by 32 where positions can be shared out so, and a kernel that is square
+    if it can be. There are as many outputs as positions.
+    """
     positions, outs, channels, taps = sizes
-    side, side_of_kernel = (32 if positions >= 1024 else 1), math.isqrt(taps)
-    image = (
-        (positions // side**2, channels, side, side) if side > 1 else (1, channels, 1, positions)
+    height = _factor(positions, 32)
+    width = _factor(positions // height, 32)
+    side = math.isqrt(taps)
+    kernel = (side, side) if side**2 == taps else (1, taps)
+    padding = tuple((n - 1) // 2 for n in kernel)
+    rows, columns = (
+        n + k - 1 - 2 * p for n, k, p in zip((height, width), kernel, padding, strict=True)
     )
+    image = (positions // (height * width), channels, rows, columns)
     x = _normal(*image, dtype=dtype, device=device)
-    w = _normal(outs, channels, side_of_kernel, side_of_kernel, dtype=dtype, device=device)
+    w = _normal(outs, channels, *kernel, dtype=dtype, device=device)
     w, b = w / (taps * channels) ** 0.5, _normal(outs, dtype=dtype, device=device)
     if last:
         x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
-    padding = side_of_kernel // 2
     return Problem(
         "conv" if last else "conv_nchw", dtype, sizes,
         lambda: FF.conv2d(x, w, b, padding=padding, activation="relu"),
@@ -67,6 +88,11 @@ def _conv(last: bool, dtype: torch.dtype, sizes: tuple[int, ...], device: str) -
         lambda: F.relu(F.conv2d(x.double(), w.double(), b.double(), padding=padding)),
         replaceable=False,
     )  # fmt: skip
+
+
+def _factor(n: int, most: int) -> int:
+    """The largest factor of n that is no larger."""
+    return next(f for f in range(min(n, most), 0, -1) if n % f == 0)
 
 
 def _norm(
@@ -113,7 +139,7 @@ def _norm_inputs(
 ) -> list[Tensor]:
     (cols,) = sizes
     # beyond the L2 of any GPU, and a few rows even where they are few
-    rows = max((1 << 26) // cols, 64) if device == "cuda" else 5
+    rows = max((1 << 26) // cols, 64) if device != "cpu" else 5
     shapes = ((rows, cols), *[(cols,)] * factors)
     return [_normal(*shape, dtype=dtype, device=device) for shape in shapes]
 
@@ -123,7 +149,7 @@ _sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
 
 def _attention(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Problem:
     """Many rows: causal prompts. Few: one token of each of the heads that share long keys."""
-    (rows, D), small = sizes, device != "cuda"
+    (rows, D), small = sizes, device == "cpu"
     if rows < MANY:
         B, kv, group, Sq, Sk = (1, 1, rows, 1, 64) if small else (4, 8, rows, 1, 8192)
     else:
@@ -141,15 +167,15 @@ def _attention(dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> Probl
     return Problem(
         "attention", dtype, (min(rows, MANY), D),
         lambda: call(FF.scaled_dot_product_attention, q, k, v), lambda: call(_sdpa, q, k, v), truth,
-        replaceable=False,
+        replaceable=rows >= MANY,
     )  # fmt: skip
 
 
 def _attention_backward(
     op: str, wanted: slice, dtype: torch.dtype, sizes: tuple[int, ...], device: str
 ) -> Problem:
-    """The gradients that one kernel computes. torch's kernels compute all of them at once."""
-    (rows, D), small = sizes, device != "cuda"
+    """The gradients that one kernel computes, or all of them, as torch's kernels do."""
+    (rows, D), small = sizes, device == "cpu"
     S = rows if rows < MANY else 65 if small else 2048
     B, H = (1, 1) if small else (4, 16)
     inputs = _heads(dtype, (B, H, S, D), (B, H, S, D), device)
@@ -173,7 +199,7 @@ def _attention_backward(
     return Problem(
         op, dtype, (min(rows, MANY), D),
         gradients(FF.scaled_dot_product_attention, inputs, do), gradients(_sdpa, inputs, do), truth,
-        replaceable=False,
+        replaceable=op == "attention_backward" and rows >= MANY, whole=op == "attention_backward",
     )  # fmt: skip
 
 
@@ -231,41 +257,56 @@ PROBLEMS: dict[str, Callable[[torch.dtype, tuple[int, ...], str], Problem]] = {
     "attention": _attention,
     "attention_dq": functools.partial(_attention_backward, "attention_dq", slice(0, 1)),
     "attention_dkdv": functools.partial(_attention_backward, "attention_dkdv", slice(1, 3)),
+    "attention_backward": functools.partial(_attention_backward, "attention_backward", slice(0, 3)),
 }
 
 # What one name stands for where an op has several kernels to tune.
 PASSES = {
     "conv": ("conv", "conv_nchw"),
-    "attention": ("attention", "attention_dq", "attention_dkdv"),
+    "attention": ("attention", "attention_dq", "attention_dkdv", "attention_backward"),
 }
 
-# What is tuned if no shapes are given: projections of transformers, also of few rows, widths of
-# norms, and heads.
-_PROJECTIONS = ((4096, 1024), (1024, 4096), (8192, 8192))
-_WIDTHS: list[tuple[int, ...]] = [(n,) for n in (256, 1024, 2048, 4096, 8192, 16384)]
-# Positions, channels out and in, taps: of residual networks and of diffusion.
+# What is measured with the choices for others: they come first.
+AFTER_OTHERS = frozenset({"attention_backward"})
+
+# What is tuned if no shapes are given, with all that the benchmark times: projections of
+# transformers, also of few rows, and of recurrent layers; widths of norms, of vocabularies; heads.
+_PROJECTIONS = ((4096, 1024), (1024, 4096), (8192, 8192), (6144, 4096), (28672, 4096))
+_PRODUCTS: list[tuple[int, ...]] = [
+    *((m, *sizes) for m in (16, 8192) for sizes in _PROJECTIONS),
+    (8192, 4096, 14336), (2048, 6144, 4096), (65536, 1024, 1024), (256, 512, 512),
+    (200704, 256, 64), (16384, 512, 128), (16384, 2048, 512), (4096, 8192, 2048),
+]  # fmt: skip
+_WIDTHS: list[tuple[int, ...]] = [
+    (n,) for n in (256, 1024, 2048, 4096, 8192, 16384, 128, 512, 65536)
+]
+_VOCABULARIES: list[tuple[int, ...]] = [(1 << n,) for n in (15, 17, 18)]
+# Positions, channels out and in, taps: of residual networks, of diffusion, and of sound.
 _LAYERS: list[tuple[int, ...]] = [
     (1 << 18, 64, 64, 9), (1 << 16, 128, 128, 9), (1 << 14, 256, 256, 9), (1 << 15, 320, 320, 9),
+    (200704, 256, 64, 1), (802816, 64, 3, 49), (24000, 512, 80, 3),
 ]  # fmt: skip
 # steps, rows, units
 _SEQUENCES: list[tuple[int, ...]] = [
     *((256, B, H) for B in (16, 64, 256) for H in (128, 256, 512, 1024)),
     *((1024, B, 128) for B in (1, 16, 64)),
-]
+    (64, 256, 128), (256, 1, 512), (64, 64, 1024), (64, 256, 2048),
+]  # fmt: skip
 DEFAULTS: dict[str, list[tuple[int, ...]]] = {
-    "linear": [(m, *sizes) for m in (16, 8192) for sizes in _PROJECTIONS],
+    "linear": _PRODUCTS,
     "conv": _LAYERS,
     "conv_nchw": _LAYERS,
     "layer_norm": _WIDTHS,
     "layer_norm_backward": _WIDTHS,
     "rms_norm": _WIDTHS,
     "rms_norm_backward": _WIDTHS,
-    "softmax": _WIDTHS,
-    "softmax_backward": _WIDTHS,
+    "softmax": [*_WIDTHS, *_VOCABULARIES],
+    "softmax_backward": [*_WIDTHS, *_VOCABULARIES],
     "lstm": _SEQUENCES,
     "gru": _SEQUENCES,
     "rnn": _SEQUENCES,
     "attention": [(1, 128), (4, 128), (8, 128), (MANY, 64), (MANY, 128)],
     "attention_dq": [(MANY, 64), (MANY, 128)],
     "attention_dkdv": [(MANY, 64), (MANY, 128)],
+    "attention_backward": [(MANY, 64), (MANY, 128)],
 }
