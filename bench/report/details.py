@@ -69,8 +69,10 @@ def runs(machine: Machine) -> str:
         rest = {k: v for k, v in run.items() if k not in ("devices", "versions", "commit")}
         told = ", ".join(f"{k} {v}" for k, v in rest.items() if v not in (None, False))
         rows.append([
-            cell(id, style="name whole"), cell(devices), cell(versions, style="says"),
-            cell(str(run.get("commit") or "not in a checkout"), style="name"), cell(told),
+            cell(id, style="name whole"), cell(devices, style="says"),
+            cell(versions, style="says"),
+            cell(str(run.get("commit") or "not in a checkout"), style="name says"),
+            cell(told, style="says"),
         ])  # fmt: skip
     return table(("run", "GPU", "versions", "commit", "and"), rows)
 
@@ -96,14 +98,14 @@ def failed(machine: Machine) -> str:
         for one in machine.failed
     ]  # fmt: skip
     refused = [
-        (one.op if isinstance(one, Timed) else "models", name, contender, why)
+        (one.op if isinstance(one, Timed) else one.name, contender, why)
         for one in (*machine.timed, *machine.models)
-        for name in [one.case if isinstance(one, Timed) else one.name]
         for contender, why in one.refused.items()
     ]
-    for (op, contender, why), same in by(refused, lambda one: (one[0], one[2], one[3])).items():
-        names = ", ".join(name for _, name, *_ in same)
-        rows.append([cell(op, style="name whole"), cell(names), cell(f"no {contender}"),
+    for (contender, why), same in by(refused, lambda one: one[1:]).items():
+        ops = by(same, lambda one: one[0])
+        where = ", ".join(f"{op} ({len(found)})" for op, found in ops.items())
+        rows.append([cell(""), cell(where, style="says"), cell(f"no {contender}", style="whole"),
                      cell(why, style="says")])  # fmt: skip
     if not rows:
         return ""
@@ -155,7 +157,8 @@ def _op(op: str, same: Sequence[Timed]) -> str:
               "called from Python", "TFLOP/s", "GB/s", "of the roof", "memory")  # fmt: skip
     wholes = ("case", "pass", "contender", "us", "ratio", "low", "high", "drift", "called us",
               "peak MB", "no graph")  # fmt: skip
-    heads = ("case", "dtype", "shapes", "seeds", "sets", "bytes", "FLOP", "errors", "facts", "run")
+    heads = ("case", "dtype", "shapes", "seeds", "sets", "bytes", "FLOP", "errors", "facts",
+             "refused", "run")  # fmt: skip
     return (
         f"<details><summary><b>{escape(op)}</b> · {len(same)} cases, geometric mean "
         f"{times(mean)} torch's fastest call</summary>{table(shorts, short)}"
@@ -207,5 +210,7 @@ def _inputs(one: Timed) -> list[str]:
         cell(one.case, style="whole"), cell(one.dtype), cell(", ".join(one.shapes), style="says"),
         cell(", ".join(map(str, one.seeds)) or "not said"), cell(sets, True),
         cell(f"{one.bytes:,.0f}", True), cell(f"{one.flops:,.0f}", True),
-        cell(wrong, style="whole"), cell(told, style="says"), cell(one.run, style="name whole"),
+        cell(wrong, style="whole"), cell(told, style="says"),
+        cell("; ".join(f"{name}: {why}" for name, why in one.refused.items()), style="says"),
+        cell(one.run, style="name whole"),
     ]  # fmt: skip

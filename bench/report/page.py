@@ -23,11 +23,12 @@ OWN_CSS = (
 .fastdl figure { margin:0; background:var(--card); border:1px solid var(--line);
   border-radius:8px; padding:.6rem; min-width:0 }
 .fastdl figcaption { font-weight:600; margin-bottom:.3rem }
-.fastdl figure svg { display:block; width:100%; height:auto; max-width:44rem; margin:0 auto }
+.fastdl figure svg { display:block; width:100%; height:auto; max-width:36rem; margin:0 auto }
 .fastdl details { margin:.4rem 0 } .fastdl summary { cursor:pointer; padding:.2rem 0 }
 .fastdl nav a { margin-right:.9rem; white-space:nowrap } .fastdl a { color:inherit }
 .fastdl .card .mark { color:var(--is,inherit); font-weight:700 }
-.fastdl td { min-width:0 } .fastdl .says { min-width:14rem; max-width:44rem;
+.fastdl .tall th { position:sticky; top:0; z-index:1; background:var(--card) }
+.fastdl .says { min-width:14rem; max-width:44rem;
   overflow-wrap:anywhere }
 .fastdl .ratio { display:block; position:relative; height:10px; margin:5px 0;
   background:var(--soft); border-radius:2px; width:9rem }
@@ -78,16 +79,15 @@ def _nothing(marks: Sequence[Mark]) -> str:
 
 
 def _gpu(machine: Machine, slug: str, marks: Sequence[Mark]) -> str:
-    drawn = [
-        ("Against torch's fastest call", pictures.speed(machine, slug, False)),
-        ("Against torch.compile", pictures.speed(machine, slug, True)),
-    ]
+    rivals = (("Against torch's fastest call", False), ("Against torch.compile", True))
+    drawn = [(title, pictures.speed(machine, slug, compiled)) for title, compiled in rivals]
+    peaks = [(title, pictures.memory(machine, slug, compiled)) for title, compiled in rivals]
     rates = [
         ("Roofline", pictures.roofline(machine, slug)),
         ("What moves bytes", pictures.traffic(machine, slug)),
     ]
     curves = [
-        (f"{curve.op} {curve.what}, {curve.part}", pictures.over_size(curve, slug, number))
+        (f"{curve.what}, {curve.part}", pictures.over_size(curve, slug, number))
         for number, curve in enumerate(pictures.curves(machine.timed))
     ]
     return (
@@ -97,7 +97,7 @@ def _gpu(machine: Machine, slug: str, marks: Sequence[Mark]) -> str:
         f"<h3>Speed</h3>{BARS if machine.timed else ''}{_figures(drawn, 'pair')}"
         f"<h3>Roofline</h3>{_figures(rates, 'pair')}"
         f"<h3>Speed over size</h3>{SIZES if curves else ''}{_figures(curves, 'many')}"
-        f"<h3>Memory</h3>{_figures([('', pictures.memory(machine, slug))], 'pair')}"
+        f"<h3>Memory</h3>{_figures(peaks, 'pair')}"
         f"<h3>Whole models</h3>{models.tables(machine)}"
         f"<h3>Accuracy</h3>{accuracy(machine)}"
         f"<h3>Every case</h3>{details.cases(machine)}"

@@ -38,13 +38,12 @@ class Dot(NamedTuple):
 
 def speed(machine: Machine, slug: str, compiled: bool) -> Picture | None:
     """How many times as fast, by op and pass: bars are geometric means over the cases."""
-    than = "torch.compile" if compiled else "torch's fastest call"
     dots = [
         Dot(one.timed.op, one.part.name, one.ratio, says(one))
         for one in against(machine.timed, compiled)
     ]
     name = f"{slug}-{'compile' if compiled else 'speed'}"
-    return bars(name, dots, f"times as fast as {than}") if dots else None
+    return bars(name, dots, f"times as fast as {_rival(compiled)}") if dots else None
 
 
 def says(one: Against) -> str:
@@ -55,25 +54,29 @@ def says(one: Against) -> str:
     )
 
 
-def memory(machine: Machine, slug: str) -> Picture | None:
-    """Memory at the peak, over that of torch's fastest call."""
+def memory(machine: Machine, slug: str, compiled: bool) -> Picture | None:
+    """Memory at the peak, over that of the same rivals."""
     dots = []
-    for timed in machine.timed:
-        for part in timed.passes.values():
-            base = part.way.baseline
-            # nothing has no logarithm: a call that takes no memory stands in the tables alone
-            if over := part.memory(base):
-                told = f"{timed.op} {timed.case}, {part.name}: {times(over)} the memory of {base}"
-                dots.append(Dot(timed.op, part.name, Ratio(over, over, over), told))
-    label = "memory at the peak, times that of torch's fastest call"
-    return bars(f"{slug}-memory", dots, label, less=True) if dots else None
+    for one in against(machine.timed, compiled):
+        # nothing has no logarithm: a call that takes no memory stands in the tables alone
+        if over := one.part.memory(one.other):
+            told = f"{one.timed.op} {one.timed.case}, {one.part.name}: {times(over)} the memory of"
+            ratio = Ratio(over, over, over)
+            dots.append(Dot(one.timed.op, one.part.name, ratio, f"{told} {one.other}"))
+    label = f"memory at the peak, times that of {_rival(compiled)}"
+    name = f"{slug}-memory-{'compile' if compiled else 'torch'}"
+    return bars(name, dots, label, less=True) if dots else None
+
+
+def _rival(compiled: bool) -> str:
+    return "torch.compile" if compiled else "torch's fastest call"
 
 
 @svg.styled
 def bars(name: str, dots: Sequence[Dot], label: str, less: bool = False) -> Picture:
     """A bar for each row and part, from 1 on; `less` than 1 is good or bad."""
     tips, groups = Tips(), by(dots, lambda dot: (dot.row, dot.part))
-    drawn, axes = svg.figure(6, 0.6 + 0.17 * len(groups) + 0.07 * len({d.row for d in dots}))
+    drawn, axes = svg.figure(4.9, 0.6 + 0.17 * len(groups) + 0.07 * len({d.row for d in dots}))
     at, labels, last = 0.0, {}, ""
     for (row, part), group in groups.items():
         at -= 1.0 if row == last else 1.4
@@ -85,7 +88,7 @@ def bars(name: str, dots: Sequence[Dot], label: str, less: bool = False) -> Pict
         told = tips(f"{row}, {part}: geometric mean {times(mean)} over {len(group)} cases")
         axes.barh(at, mean - 1, 0.8, 1, color=colour.drawn, alpha=0.45)[0].set_gid(told)
         for dot in group:
-            _dot(axes, dot, at, colour, tips)
+            _dot(axes, dot, at, COLOURS[part], tips)
     axes.axvline(1, color=svg.INK.drawn, linewidth=1)
     axes.set_yticks([sum(all) / len(all) for all in labels.values()], labels)
     axes.tick_params(axis="y", length=0)
@@ -134,7 +137,7 @@ def roofline(machine: Machine, slug: str) -> Picture | None:
     if not computing:
         return None
     tips = Tips()
-    drawn, axes = svg.figure(6, 4.4)
+    drawn, axes = svg.figure(4.9, 4.2)
     styles = _styles(by(computing, lambda one: one.op))
     for one in computing:
         us = one.counted.way.ours.us
@@ -180,7 +183,7 @@ def _roof(axes: Any, computing: Sequence[Timed]) -> None:
         line = (low, min(low, knee) * copy / 1e12), (knee, rate / 1e12), (high, rate / 1e12)
         axes.plot(*zip(*line, strict=True), color=svg.INK.drawn, linewidth=1.2)
         axes.text(high, rate / 1e12, f"{dtype} {rate / 1e12:.0f} TFLOP/s", ha="right", va="bottom")
-    axes.text(low * 1.15, low * copy / 1e12 * 1.6, f"copy {copy / 1e12:.2f} TB/s", ha="left")
+    axes.text(0.02, 0.95, f"copy {copy / 1e12:.2f} TB/s", transform=axes.transAxes)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
 
@@ -189,7 +192,7 @@ def _labelled(axes: Any, styles: Mapping[str, Mapping[str, Any]]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], label=op, **style) for op, style in styles.items()]
-    axes.figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    axes.figure.legend(handles=handles, loc="outside lower center", ncols=3)
 
 
 @svg.styled
@@ -199,7 +202,7 @@ def traffic(machine: Machine, slug: str) -> Picture | None:
     if not moving:
         return None
     tips, ops = Tips(), by(moving, lambda one: one.op)
-    drawn, axes = svg.figure(6, 0.9 + 0.24 * len(ops))
+    drawn, axes = svg.figure(4.9, 0.9 + 0.24 * len(ops))
     for at, (op, group) in enumerate(ops.items()):
         for one in group:
             rate = one.bytes / one.counted.way.ours.us / 1e6
@@ -227,7 +230,6 @@ def traffic(machine: Machine, slug: str) -> Picture | None:
 class Curve(NamedTuple):
     """Cases that differ in one dimension of their first input."""
 
-    op: str
     what: str
     part: str
     points: list[tuple[int, Timed]]
@@ -251,9 +253,9 @@ def curves(timed: Iterable[Timed]) -> Iterator[Curve]:
         for width, same in split.items():
             points = {size[dim]: one for one, size in same}
             if len(points) >= SIZES:
-                words = re.sub(r"[#x.]+", " ", case).split()
-                words += [] if width is None else [f"last dimension {width}"]
-                yield Curve(op, " ".join(words), part, sorted(points.items(), key=lambda p: p[0]))
+                words = [word for word in re.sub(r"[#x.+]+", " ", case).split() if word != op]
+                what = " ".join([op, *words]) + (f" of {width}" if width else "")
+                yield Curve(what, part, sorted(points.items(), key=lambda point: point[0]))
 
 
 def _sizes(one: Timed) -> list[int]:
@@ -265,7 +267,7 @@ def _sizes(one: Timed) -> list[int]:
 def over_size(curve: Curve, slug: str, number: int) -> Picture:
     """What each contender reaches, in TFLOP/s or GB/s."""
     tips = Tips()
-    drawn, axes = svg.figure(3.7, 2.7)
+    drawn, axes = svg.figure(3.6, 2.7)
     computes = sum(one.computes for _, one in curve.points) * 2 > len(curve.points)
     unit = "TFLOP/s" if computes else "GB/s"
     names = {name: None for _, one in curve.points for name in one.counted.way.contenders}
@@ -291,7 +293,7 @@ def over_size(curve: Curve, slug: str, number: int) -> Picture:
     axes.set_ylim(0)
     axes.set_ylabel(unit)
     axes.figure.legend(loc="outside lower center", ncols=4)
-    about = f"{unit} of {curve.op} {curve.what}, {curve.part}, over size"
+    about = f"{unit} of {curve.what}, {curve.part}, over size"
     return svg.picture(drawn, f"{slug}-curve-{number}", about, tips)
 
 
@@ -300,9 +302,9 @@ def _rate(one: Timed, name: str, computes: bool) -> float:
     return one.flops / us / 1e6 if computes else one.bytes / us / 1e3
 
 
-def short(count: float) -> str:
+def short(count: int) -> str:
     """A size as people say it: 512, 16k, 1M."""
-    for unit, size in (("G", 1 << 30), ("M", 1 << 20), ("k", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:g}"
+    for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
+        if count % size == 0:
+            return f"{count // size}{unit}"
+    return str(count)

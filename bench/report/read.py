@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from bench.report.static import FOLDER as STATIC
+from fastdl.contract import SPECS, STEPS
 
 T = TypeVar("T")
+
+ORDER = {op: index for index, op in enumerate((*SPECS, *STEPS))}
 
 # Ways of calling: captured in a CUDA graph, or from Python with its launches.
 WAYS = ("graph", "python")
@@ -166,6 +169,8 @@ class Machine:
 
     @property
     def name(self) -> str:
+        if not self.is_gpu:
+            return "without a GPU"
         devices = [d["name"] for run in self.runs.values() for d in run["devices"]]
         return devices[0] if devices else self.folder.name
 
@@ -178,7 +183,7 @@ def machines(results: Path) -> list[Machine]:
 
 def _machine(folder: Path) -> Machine:
     machine = Machine(folder)
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*.json"), key=_order):
         where = f"{folder.name}/{path.name}"
         try:
             # bytes that are no text are a ValueError, brackets too deep a RecursionError
@@ -197,6 +202,11 @@ def _machine(folder: Path) -> Machine:
                 machine.notes.append(f"{where}: {name} is left out: {_why(error)}")
         machine.stages[path.stem] = (len(rows), right)
     return machine
+
+
+def _order(path: Path) -> tuple[int, str]:
+    """Ops as the contract has them, what else there is behind."""
+    return ORDER.get(path.stem, len(ORDER)), path.stem
 
 
 def _row(machine: Machine, stage: str, name: str, row: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ def filled(text: str, machines: Sequence[Machine]) -> str:
     """The text with all of its tables made anew."""
 
     def block(match: re.Match[str]) -> str:
-        return f"{match[1]}{BLOCKS[match[2]](machines)}\n{match[3]}"
+        return f"{match[1]}\n{BLOCKS[match[2]](machines)}\n\n{match[3]}"
 
     return BLOCK.sub(block, text)
 
