@@ -18,14 +18,11 @@ def main(argv: list[str] | None = None) -> int:
     right = not options.static or static.make(options.results)
     machines = read.machines(options.results)
     draw(machines)
-    told = options.results
-    if told == RESULTS:
-        told = RESULTS.relative_to(ROOT)
+    if options.results == RESULTS:
         path = ROOT / "README.md"
-        path.write_text(readme.filled(path.read_text(), machines))
+        write(path, readme.filled(path.read_text(encoding="utf-8"), machines))
     out = options.out or options.results / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(machines, marks.of, str(told)))
+    write(out, page(machines, marks.of, options.results))
     tell(machines, options.cases)
     print(f"the page is {out}")
     return 0 if right else FAILED
@@ -40,6 +37,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
 def draw(machines: Sequence[read.Machine]) -> None:
     """README's pictures, in each GPU's folder."""
     for gpu in machines:
@@ -47,7 +49,7 @@ def draw(machines: Sequence[read.Machine]) -> None:
             found = (pictures.speed(gpu, "speed", False), pictures.roofline(gpu, "roofline"))
             for name, picture in zip(readme.PICTURES, found, strict=True):
                 if picture is not None:
-                    (gpu.folder / f"{name}.svg").write_text(picture.file())
+                    write(gpu.folder / f"{name}.svg", picture.file())
 
 
 def tell(machines: Sequence[read.Machine], cases: bool) -> None:

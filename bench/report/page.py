@@ -1,5 +1,6 @@
 """The page: what was measured on each machine, and what is known without one."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -9,6 +10,7 @@ from bench.report.details import not_measured
 from bench.report.marks import Mark
 from bench.report.read import Errors, Machine, against, by, geometric
 from bench.report.svg import Picture
+from bench.store import ROOT
 from fastdl.page import CSS, Scale, cell, document, error_text, table
 
 OWN_CSS = (
@@ -28,6 +30,8 @@ OWN_CSS = (
 .fastdl nav a { margin-right:.9rem; white-space:nowrap } .fastdl a { color:inherit }
 .fastdl .card .mark { color:var(--is,inherit); font-weight:700 }
 .fastdl .tall th { position:sticky; top:0; z-index:1; background:var(--card) }
+.fastdl .tall :is(td,th):first-child { position:sticky; left:0; background:var(--card) }
+.fastdl .tall th:first-child { z-index:2 }
 .fastdl .says { min-width:14rem; max-width:44rem;
   overflow-wrap:anywhere }
 .fastdl .ratio { display:block; position:relative; height:10px; margin:5px 0;
@@ -40,14 +44,14 @@ OWN_CSS = (
 )
 
 
-def page(machines: Sequence[Machine], marks: Callable[[Path], list[Mark]], results: str) -> str:
-    """The whole of it. `marks` are asked for each GPU's folder."""
+def page(machines: Sequence[Machine], marks: Callable[[Path], list[Mark]], results: Path) -> str:
+    """The whole of it. `marks` are those of a GPU's folder, or without one, of all results."""
     gpus = [machine for machine in machines if machine.is_gpu]
     rest = [machine for machine in machines if not machine.is_gpu]
     parts = [_head(gpus, results)]
     parts += [_gpu(gpu, f"g{number}", marks(gpu.folder)) for number, gpu in enumerate(gpus)]
     if not gpus:
-        parts.append(_nothing(marks(Path(results))))
+        parts.append(_nothing(marks(results)))
     parts += [_static(machine) for machine in rest]
     notes = [note for machine in machines for note in machine.notes]
     if notes:
@@ -56,13 +60,14 @@ def page(machines: Sequence[Machine], marks: Callable[[Path], list[Mark]], resul
     return document("fastdl: what was measured", CSS + OWN_CSS, "".join(parts))
 
 
-def _head(gpus: Sequence[Machine], results: str) -> str:
+def _head(gpus: Sequence[Machine], results: Path) -> str:
+    told = escape(str(results.relative_to(ROOT) if results.is_relative_to(ROOT) else results))
     links = [f'<a href="#g{number}">{escape(gpu.name)}</a>' for number, gpu in enumerate(gpus)]
     links.append('<a href="#static">without a GPU</a>')
     return (
         "<h1>fastdl <span>what was measured</span></h1>"
-        f'<p class="dim">Made by <code>fastdl report</code> from {escape(results)}. Every speed-up '
-        "is the median, over rounds in which all contenders take turns, of their times in that "
+        f'<p class="dim">Made by <code>fastdl report</code> from {told}. Every speed-up is '
+        "the median, over rounds in which all contenders take turns, of their times in that "
         "round; its quartiles are over the same rounds.</p>"
         f"<nav>{''.join(links)}</nav>"
     )
@@ -149,6 +154,8 @@ def _cards(machine: Machine, marks: Sequence[Mark]) -> str:
 
 # accuracy and machine code
 
+NUMBER = re.compile(r"\b[0-9]{1,12}\b")
+
 
 def _static(machine: Machine) -> str:
     return (
@@ -208,13 +215,14 @@ def code(machine: Machine) -> str:
         [cell(op, style="name whole"), *(cell(text, style="whole") for text in cells)]
         for op, cells in machine.binaries
     ]
-    columns = ("op", target, "binaries", "registers", "spills", "shared memory",
-               "tensor cores", "verdict")  # fmt: skip
+    columns = ("op", target, "binaries", "registers", "spills", "shared memory", "16-byte loads",
+               "16-byte stores", "tensor cores", "verdict")  # fmt: skip
     return (
         '<p class="dim">Read from what the compiler made for GPUs that are not here: registers a '
-        "thread, instructions that spill them, bytes of shared memory a program, instructions of "
-        "tensor cores, each the most of an op's binaries. TFLOP/s beside a main loop are what its "
-        "instructions would allow at best; they are not measured.</p>"
+        "thread, instructions that spill them and bytes of shared memory a program, each the most "
+        "of an op's binaries; how many of its loads and stores move 16 bytes a thread; and its "
+        "instructions of tensor cores. TFLOP/s beside a main loop are what its instructions would "
+        "allow at best; they are not measured.</p>"
         f"{table(columns, short, 'tall')}"
         f"<details><summary>Every binary ({len(whole):,}), with its 16-byte accesses</summary>"
         f"{table(('op', *map(escape, head)), whole, 'tall')}</details>"
@@ -227,8 +235,8 @@ def _summary(
     named = [dict(zip(head, cells, strict=True)) for cells in lines]
 
     def most(column: str) -> str:
-        numbers = [int(one[column]) for one in named if one.get(column, "").isdecimal()]
-        return f"{max(numbers):,}" if numbers else "not said"
+        counts = [int(n) for one in named for n in NUMBER.findall(one.get(column, ""))]
+        return f"{max(counts):,}" if counts else "not said"
 
     kinds = sorted({one.get("tensor cores", "-") for one in named} - {"-"})
     wrong = sorted({one.get("verdict", "not said") for one in named} - {"ok"})
@@ -237,5 +245,14 @@ def _summary(
     return [
         cell(op, style="name whole"), cell(target), cell(f"{len(named)}", True),
         *(cell(most(column), True) for column in ("regs", "spill", "shared")),
-        cell(", ".join(kinds) or "-"), said,
+        *(cell(_wide(one.get(column, "") for one in named), True)
+          for column in ("16 B loads", "16 B stores")),
+        cell(", ".join(kinds) or "-", style="says"), said,
     ]  # fmt: skip
+
+
+def _wide(shares: Iterable[str]) -> str:
+    """The sum of shares such as 3/4."""
+    counted = [tuple(map(int, numbers)) for share in shares
+               if len(numbers := NUMBER.findall(share)) == 2]  # fmt: skip
+    return "/".join(f"{sum(column):,}" for column in zip(*counted, strict=True)) or "not said"

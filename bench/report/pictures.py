@@ -90,7 +90,7 @@ def bars(name: str, dots: Sequence[Dot], label: str, less: bool = False) -> Pict
         for dot in group:
             _dot(axes, dot, at, COLOURS[part], tips)
     axes.axvline(1, color=svg.INK.drawn, linewidth=1)
-    axes.set_yticks([sum(all) / len(all) for all in labels.values()], labels)
+    axes.set_yticks([sum(all) / len(all) for all in labels.values()], map(svg.label, labels))
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(at - 0.9, -0.5)
     axes.grid(axis="y", visible=False)
@@ -182,7 +182,13 @@ def _roof(axes: Any, computing: Sequence[Timed]) -> None:
         knee = rate / copy
         line = (low, min(low, knee) * copy / 1e12), (knee, rate / 1e12), (high, rate / 1e12)
         axes.plot(*zip(*line, strict=True), color=svg.INK.drawn, linewidth=1.2)
-        axes.text(high, rate / 1e12, f"{dtype} {rate / 1e12:.0f} TFLOP/s", ha="right", va="bottom")
+        axes.text(
+            high,
+            rate / 1e12,
+            f"{svg.label(dtype)} {rate / 1e12:.0f} TFLOP/s",
+            ha="right",
+            va="bottom",
+        )
     axes.text(0.02, 0.95, f"copy {copy / 1e12:.2f} TB/s", transform=axes.transAxes)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -191,7 +197,7 @@ def _roof(axes: Any, computing: Sequence[Timed]) -> None:
 def _labelled(axes: Any, styles: Mapping[str, Mapping[str, Any]]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], label=op, **style) for op, style in styles.items()]
+    handles = [Line2D([], [], label=svg.label(op), **style) for op, style in styles.items()]
     axes.figure.legend(handles=handles, loc="outside lower center", ncols=3)
 
 
@@ -213,7 +219,7 @@ def traffic(machine: Machine, slug: str) -> Picture | None:
     copy = max(one.copy for one in moving) / 1e12
     axes.axvline(copy, color=svg.INK.drawn, linewidth=1.2)
     axes.text(copy, 0.75, f"copy {copy:.2f} ", ha="right", va="center")
-    axes.set_yticks([-at for at in range(len(ops))], ops)
+    axes.set_yticks([-at for at in range(len(ops))], map(svg.label, ops))
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(0.5 - len(ops), 1.1)
     axes.set_xlim(0)
@@ -281,7 +287,8 @@ def over_size(curve: Curve, slug: str, number: int) -> Picture:
         ]
         axes.plot(
             [size for size, *_ in line], [rate for *_, rate in line], color=colour.drawn,
-            label=name, linewidth=2 if name == OURS else 1.2, zorder=3 if name == OURS else 2,
+            label=svg.label(name), linewidth=2 if name == OURS else 1.2,
+            zorder=3 if name == OURS else 2,
         )  # fmt: skip
         for size, one, rate in line:
             mark = axes.plot(size, rate, "o", color=colour.drawn, markersize=3.5)

@@ -187,7 +187,8 @@ def _machine(folder: Path) -> Machine:
         where = f"{folder.name}/{path.name}"
         try:
             # bytes that are no text are a ValueError, brackets too deep a RecursionError
-            table = json.loads(path.read_text())
+            table = json.loads(path.read_text(encoding="utf-8"))
+            json.dumps(table, ensure_ascii=False).encode()  # half a character cannot be written
             runs, rows = _each(table["runs"], _run), table["rows"]
             _map(rows)
         except (*_WRONG, OSError, RecursionError) as error:

@@ -17,6 +17,8 @@ def filled(text: str, machines: Sequence[Machine]) -> str:
     """The text with all of its tables made anew."""
 
     def block(match: re.Match[str]) -> str:
+        if match[2] not in BLOCKS:
+            raise ValueError(f"README asks for results:{match[2]}; there are {', '.join(BLOCKS)}")
         return f"{match[1]}\n{BLOCKS[match[2]](machines)}\n\n{match[3]}"
 
     return BLOCK.sub(block, text)

@@ -38,6 +38,7 @@ CSS = """
 
 _STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may have a $ in it
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -56,6 +57,15 @@ _STYLE = {
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
 }
+
+
+# What may stand in no XML.
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+
+
+def label(name: str) -> str:
+    """A name that leaves room for the picture."""
+    return name if len(name) <= 28 else f"{name[:27]}…"
 
 
 def styled(draw: Callable[P, T]) -> Callable[P, T]:
@@ -87,7 +97,7 @@ class Tips:
 
     def __call__(self, text: str) -> str:
         """The id that matplotlib is to give to this part."""
-        self.texts.append(text)
+        self.texts.append(CONTROL.sub("", text))
         return f"tip-{len(self.texts) - 1}"
 
 
@@ -119,13 +129,12 @@ class Picture(NamedTuple):
         used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
 
         def renamed(match: re.Match[str]) -> str:
-            id = match[1]
+            id, end = match.groups()
             if id.startswith("tip-"):
-                return f"><title>{escape(self.tips[int(id[4:])])}</title>"
-            return f' id="{self.name}-{id}">' if id in used else ">"
+                return f"{end}<title>{escape(self.tips[int(id[4:])])}</title>"
+            return f' id="{self.name}-{id}"{end}' if id in used else end
 
-        text = re.sub(r' id="([^"]+)">', renamed, text)
-        text = re.sub(r' id="([^"]+)"', lambda m: f' id="{self.name}-{m[1]}"', text)
+        text = re.sub(r' id="([^"]+)"(>?)', renamed, text)
         text = re.sub(r'(url\(#|href="#)', rf"\g<1>{self.name}-", text)
         label = f'<svg role="img" aria-label="{escape(self.about)}"'
         return text.replace("<svg", label, 1)
@@ -141,5 +150,5 @@ def picture(drawn: Any, name: str, about: str, tips: Tips) -> Picture:
         drawn.savefig(written, format="svg", metadata=nothing)
     text = written.getvalue()
     text = re.sub(r"'DejaVu Sans'[^;\"]*sans-serif", "system-ui, sans-serif", text)
-    text = text[text.index("<svg") :]
+    text = CONTROL.sub("", text[text.index("<svg") :])
     return Picture(name, about, text, tips.texts)
