@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -193,7 +194,9 @@ FILES = {
     "no runs": lambda table: json.dumps({"rows": table["rows"]}),
     "rows in a list": lambda table: json.dumps({**table, "rows": []}),
     "a run that is no object": lambda table: json.dumps({**table, "runs": {"fake": 1}}),
-    "half a character": lambda table: json.dumps({**table, "runs": {"\ud800": {}}}),
+    "half a character": lambda table: json.dumps(
+        {**table, "rows": {**table["rows"], "\ud800": {"ok": True}}}
+    ),
 }
 ROWS = {
     "no number": at(*FUSED, "us", value="fast"),
@@ -266,7 +269,10 @@ def test_a_row_that_is_odd_but_right_is_shown(tmp_path):
     assert "Left out" not in without_styles(found)
 
 
-EVIL = "<script>alert(1)</script>\"'><img src=x onerror=y> $\\frac{ |`*[x](javascript:z) & \x07 é"
+EVIL = (
+    "$\\frac{$\x07<i></script><script>alert(1)</script>\"'><img src=x onerror=y> "
+    "|`*[x](javascript:z) é"
+)
 
 
 def evil(value, things):
@@ -290,6 +296,7 @@ def test_names_are_text_and_nothing_else(tmp_path):
         (folder / f"{name}.json").write_text(json.dumps(evil(table, things)))
     machines = read.machines(tmp_path)
     assert not machines[0].notes
+    assert any(EVIL[:8] in curve.what for curve in pictures.curves(machines[0].timed))
     assert machines[0].timed and machines[0].models and machines[0].checked
     text = rendered(tmp_path)
     found = Tables(text)
@@ -297,7 +304,7 @@ def test_names_are_text_and_nothing_else(tmp_path):
     assert not tags & {"script", "img", "i$x", "form", "iframe"}
     assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
     assert all(a.get("href", "#").startswith("#") for _, a in found.tags)
-    assert any("<script>alert(1)</script>" in word for word in found.words)
+    assert any("</script><script>alert(1)" in word for word in found.words)
     for block in readme.BLOCKS.values():
         told = block(machines)
         assert not re.search(r"[<>`]|\]\(javascript", told)
@@ -405,7 +412,16 @@ def test_readme_of_fake_results(fake):
     found = readme.filled(text, machines)
     assert "old" not in found and readme.filled(found, machines) == found
     assert f"{fake_results.GPU} (driver 999.9, torch 2.99, triton 3.99, commit fa4efa4efa)" in found
-    assert re.search(r"\| layer_norm \| 8 \| \d\.\d\d× \(", found)
+    rows = json.loads((fake / "fake_gpu_9000/layer_norm.json").read_text())["rows"].values()
+    graphs = [part["graph"] for row in rows for part in row["passes"].values()]
+    means = [
+        statistics.geometric_mean(ratios)
+        for ratios in (
+            [of["contenders"]["fused"]["ratio"] for of in graphs],
+            [of["over"]["compile"]["ratio"] for of in graphs],
+        )
+    ]
+    assert re.search(r"\| layer_norm \| 8 \| {:.2f}× \([^|]+ \| {:.2f}× \(".format(*means), found)
     assert "| sgd | 0 | not measured | not measured |" in found
     assert "| llama, training | 20.00 |" in found
 

@@ -17,7 +17,7 @@ def tables(machine: Machine) -> str:
     rows = [row for model in machine.models for row in _rows(model)]
     head = ("model", "contender", "ms", "against eager", "against torch.compile", "in a CUDA graph",
             "memory", "sites", "graphs", "breaks", "compile s", "error", "eager's", "allowed",
-            "run")  # fmt: skip
+            "held against", "run")  # fmt: skip
     return (
         '<p class="dim">Steps called from Python, each waited for. Contenders: fastdl.optimize '
         "(modules), its backend (graph), torch.compile, and the backend that goes on to inductor "
@@ -42,7 +42,7 @@ def _rows(model: Model) -> Iterable[list[str]]:
             _fact(facts, "compile_s", "{:,.1f}"),
             *(cell(error_text(facts[key]) if key in facts else "-", True)
               for key in ("after", "before", "allowed")),
-            cell(model.run, style="name whole"),
+            cell(model.proof), cell(model.run, style="name whole"),
         ]  # fmt: skip
 
 

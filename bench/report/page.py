@@ -29,6 +29,7 @@ OWN_CSS = (
 .fastdl details { margin:.4rem 0 } .fastdl summary { cursor:pointer; padding:.2rem 0 }
 .fastdl nav a { margin-right:.9rem; white-space:nowrap } .fastdl a { color:inherit }
 .fastdl .card .mark { color:var(--is,inherit); font-weight:700 }
+.fastdl .tall table { border-collapse:separate; border-spacing:0 }
 .fastdl .tall th { position:sticky; top:0; z-index:1; background:var(--card) }
 .fastdl .tall :is(td,th):first-child { position:sticky; left:0; background:var(--card) }
 .fastdl .tall th:first-child { z-index:2 }

@@ -266,7 +266,8 @@ def curves(timed: Iterable[Timed]) -> Iterator[Curve]:
 
 def _sizes(one: Timed) -> list[int]:
     """Of the first input that is a tensor."""
-    return [int(n) for n in re.findall(r"\d+", one.shapes[0].split("[")[-1])] if one.shapes else []
+    found = re.search(r"\[([0-9, ]+)\]", one.shapes[0]) if one.shapes else None
+    return [int(n) for n in re.findall(r"[0-9]+", found[1])] if found else []
 
 
 @svg.styled

@@ -3,6 +3,7 @@
 import functools
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -146,9 +147,11 @@ def picture(drawn: Any, name: str, about: str, tips: Tips) -> Picture:
 
     written = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        # text is text, so what matplotlib's own font lacks is no matter
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         drawn.savefig(written, format="svg", metadata=nothing)
     text = written.getvalue()
     text = re.sub(r"'DejaVu Sans'[^;\"]*sans-serif", "system-ui, sans-serif", text)
     text = CONTROL.sub("", text[text.index("<svg") :])
-    return Picture(name, about, text, tips.texts)
+    return Picture(name, CONTROL.sub("", about), text, tips.texts)
