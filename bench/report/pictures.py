@@ -90,7 +90,7 @@ def bars(name: str, dots: Sequence[Dot], label: str, less: bool = False) -> Pict
         for dot in group:
             _dot(axes, dot, at, COLOURS[part], tips)
     axes.axvline(1, color=svg.INK.drawn, linewidth=1)
-    axes.set_yticks([sum(all) / len(all) for all in labels.values()], map(svg.label, labels))
+    axes.set_yticks([sum(all) / len(all) for all in labels.values()], [*map(svg.label, labels)])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(at - 0.9, -0.5)
     axes.grid(axis="y", visible=False)
@@ -219,7 +219,7 @@ def traffic(machine: Machine, slug: str) -> Picture | None:
     copy = max(one.copy for one in moving) / 1e12
     axes.axvline(copy, color=svg.INK.drawn, linewidth=1.2)
     axes.text(copy, 0.75, f"copy {copy:.2f} ", ha="right", va="center")
-    axes.set_yticks([-at for at in range(len(ops))], map(svg.label, ops))
+    axes.set_yticks([-at for at in range(len(ops))], [*map(svg.label, ops)])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(0.5 - len(ops), 1.1)
     axes.set_xlim(0)
