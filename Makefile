@@ -47,7 +47,7 @@ bench: $(INSTALLED) ## time the ops
 gpu: ## tests and timings on a GPU
 	PYTHONPATH=. $(PYTHON) bench/gpu.py $(ARGS)
 
-report: $(INSTALLED) ## tables from bench/results
+report: $(INSTALLED) ## a page and README's tables from bench/results
 	$(BIN)/fastdl report $(ARGS)
 
 clean: ## remove what was built

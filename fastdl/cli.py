@@ -4,12 +4,11 @@ import argparse
 import difflib
 import importlib.util
 import itertools
-import json
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -242,15 +241,21 @@ def _add_bench(commands: Any) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    needed = "pytest", "pytest_benchmark"
+    return _in_checkout("the benchmark", needed, "pytest", ["bench", *args.rest])
+
+
+def _in_checkout(what: str, needed: Iterable[str], module: str, options: Sequence[str]) -> int:
+    """Run a module of the checkout, which is no part of the installed package."""
     root = _checkout()
     if root is None:
-        _note("the benchmark is not in the installed package: clone fastdl, and call this there")
+        _note(f"{what} is not in the installed package: clone fastdl, and call this there")
         return FAILED
-    for needed in ("pytest", "pytest_benchmark"):
-        if importlib.util.find_spec(needed) is None:
-            _note(f"{needed} is not installed. Type: pip install 'fastdl-kernels[bench]'")
+    for name in needed:
+        if importlib.util.find_spec(name) is None:
+            _note(f"{name} is not installed. Type: pip install 'fastdl-kernels[bench]'")
             return FAILED
-    command = [sys.executable, "-m", "pytest", "bench", *args.rest]
+    command = [sys.executable, "-m", module, *options]
     return subprocess.run(command, cwd=root).returncode
 
 
@@ -281,8 +286,13 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _add_report(commands: Any) -> None:
-    about = "show what was measured: the tables in bench/results"
-    parser = _command(commands, "report", _report, about, "fastdl report --routes")
+    about = "write a page of what was measured, and show it in short; needs a checkout of fastdl"
+    parser = _command(commands, "report", _report, about, "fastdl report --out /tmp/report.html")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: beside the results")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="default: bench/results")
+    parser.add_argument("--cases", action="store_true", help="show a line a case, not a line an op")
+    parser.add_argument("--static", action="store_true",
+        help="first make the results that need no GPU, if they are not of this code")  # fmt: skip
     parser.add_argument("--routes", action="store_true",
         help="instead, who computes convolutions and recurrence, by what measurement")  # fmt: skip
     parser.add_argument("--gpu", metavar="NAME", help="of --routes; default: the one here")
@@ -310,46 +320,10 @@ def _report(args: argparse.Namespace) -> int:
         return _routes(args)
     if args.gpu or args.json:
         raise UsageError("--gpu and --json are options of --routes. Type: fastdl report --routes")
-    results = (_checkout() or Path.cwd()) / "bench" / "results"
-    shown = [path for path in sorted(results.glob("*/*.json")) if _show_results(path)]
-    if not shown:
-        print(f"Nothing measured yet: there is no table in {results}. On a GPU, type: make gpu")
-    return 0
-
-
-def _show_results(path: Path) -> bool:
-    """Print one table: timings, or of a stage that times nothing what it says about each row."""
-    try:
-        rows = json.loads(path.read_text())["rows"]
-        failed = [(name, row["says"]) for name, row in rows.items() if not row["ok"]]
-        right = {name: row for name, row in rows.items() if row["ok"]}
-        timed = [_timing(name, row) for name, row in right.items() if "how" in row]
-        said = [(name, row["says"]) for name, row in right.items() if "how" not in row]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        _note(f"{path} is left out, it is not a table of results: {error!r}")
-        return False
-    print(f"\n{path.parent.name}, {path.stem}")
-    if timed:
-        show(("", "fused", "against", "faster by", "than compiled", "of the roof", "memory"), timed)
-    for name, words in said:
-        print(f"{name}: {words}")
-    for name, words in failed:
-        print(f"{name}: FAILED: {words}")
-    return True
-
-
-def _timing(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    found, peak = row[row["how"]], row["peak_bytes"]
-    fused, compiled = found["contenders"]["fused"], found.get("over_compile")
-    return (
-        name,
-        f"{fused['us']:.1f} us",
-        found["baseline"],
-        f"{fused['ratio']:.2f}x",
-        f"{compiled:.2f}x" if compiled else "-",
-        f"{row['roofline']:.0%}",
-        f"{peak['fused'] / max(peak['torch'], 1):.2f}x",
-    )
+    options = [name for name in ("--cases", "--static") if getattr(args, name[2:])]
+    for name, path in (("--out", args.out), ("--results", args.results)):
+        options += [name, str(path.absolute())] if path else []
+    return _in_checkout("the report", ["matplotlib"], "bench.report", options)
 
 
 def _add_env(commands: Any) -> None:

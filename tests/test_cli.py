@@ -349,60 +349,44 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
-TIMED = {
-    "ok": True,
-    "how": "graph",
-    "roofline": 0.914,
-    "peak_bytes": {"fused": 50, "torch": 100},
-    "graph": {
-        "baseline": "torch",
-        "over_compile": 1.1,
-        "contenders": {"fused": {"us": 12.34, "ratio": 1.5}, "torch": {"us": 18.5, "ratio": 1.0}},
-    },
-}
-
-
-def test_report_without_results(checkout, capsys):
-    assert main(["report"]) == 0
-    assert "Nothing measured yet" in capsys.readouterr().out
-
-
-def test_report(checkout, capsys):
-    folder = checkout / "bench/results/nvidia_h200"
-    folder.mkdir(parents=True)
-    wrong = {"ok": False, "says": "off by 1"}
-    tables = {
-        "layer_norm": {"rows": {"8192 x 4096": TIMED, "7 x 7": wrong}},
-        "check": {"rows": {"linear": {"ok": True, "says": "all is well"}}},
-    }
-    for name, table in tables.items():
-        (folder / f"{name}.json").write_text(json.dumps(table))
-    (folder / "damaged.json").write_text("{")
-    assert main(["report"]) == 0
-    said = capsys.readouterr()
-    assert "nvidia_h200, layer_norm" in said.out
-    assert all(cell in said.out for cell in ("12.3 us", "1.50x", "1.10x", "91%", "0.50x"))
-    assert "FAILED: off by 1" in said.out
-    assert "all is well" in said.out
-    assert "damaged.json" in said.err
-
-
-def test_bench_runs_pytest(checkout, monkeypatch):
+@pytest.fixture
+def ran(checkout, monkeypatch):
+    """Commands that were run in the checkout; each of them returns 5."""
     ran = []
 
     def run(command, cwd):
-        ran.append((command, cwd))
+        ran.append(command[1:])
+        assert (command[0], cwd) == (sys.executable, checkout)
         return subprocess.CompletedProcess(command, 5)
 
     monkeypatch.setattr("fastdl.cli.subprocess.run", run)
+    return ran
+
+
+def test_bench_runs_pytest(ran):
     assert main(["bench", "-k", "linear"]) == 5
-    assert ran == [([sys.executable, "-m", "pytest", "bench", "-k", "linear"], checkout)]
+    assert ran == [["-m", "pytest", "bench", "-k", "linear"]]
 
 
-def test_bench_without_a_checkout(monkeypatch, capsys):
+def test_report_runs_in_the_checkout(ran, checkout):
+    assert main(["report"]) == 5
+    assert main(["report", "--cases", "--static", "--out", "page.html", "--results", "x"]) == 5
+    out, results = str(checkout / "page.html"), str(checkout / "x")
+    assert ran[0] == ["-m", "bench.report"]
+    assert ran[1] == [*ran[0], "--cases", "--static", "--out", out, "--results", results]
+
+
+@pytest.mark.parametrize("command", ("bench", "report"))
+def test_without_a_checkout(command, monkeypatch, capsys):
     monkeypatch.setattr("fastdl.cli._checkout", lambda: None)
-    assert main(["bench"]) == 1
+    assert main([command]) == 1
     assert "clone" in capsys.readouterr().err
+
+
+def test_report_without_matplotlib(checkout, monkeypatch, capsys):
+    monkeypatch.setattr("fastdl.cli.importlib.util.find_spec", lambda name: None)
+    assert main(["report"]) == 1
+    assert "matplotlib is not installed" in capsys.readouterr().err
 
 
 def test_interrupt(monkeypatch, capsys):

@@ -5,7 +5,6 @@ import gc
 import json
 import re
 import weakref
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -17,27 +16,20 @@ from fastdl.optimize.report import Report, alike
 from fastdl.optimize.speed import Gpu, measure
 from fastdl.optimize.tree import tree_of
 from fastdl.optimize.verify import Comparison, Proof
+from html_reader import Whole
 
-VOID = {"meta", "input"}
 
-
-class Reader(HTMLParser):
-    """Checks that what is opened is closed, and collects lines of the tree by their path."""
+class Reader(Whole):
+    """Collects lines of the tree by their path."""
 
     def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.lines, self.seen = [], [], {}, {}
-        self.folds = []
+        self.lines, self.seen, self.folds = {}, {}, []
         self.path, self.depth = None, 0
-        self.feed(text)
-        assert not self.open
+        super().__init__(text)
 
     def handle_starttag(self, tag, attributes):
+        super().handle_starttag(tag, attributes)
         attributes = dict(attributes)
-        self.tags.append((tag, attributes))
-        if tag in VOID:
-            return
-        self.open.append(tag)
         if tag == "details":
             self.folds.append("open" in attributes)
         if "row" in attributes.get("class", "").split() and "data-path" in attributes:
@@ -48,7 +40,7 @@ class Reader(HTMLParser):
             self.seen[self.path] = all(self.folds[:-1] if tag == "summary" else self.folds)
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        super().handle_endtag(tag)
         if tag == "details":
             self.folds.pop()
         if len(self.open) < self.depth:

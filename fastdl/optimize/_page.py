@@ -1,13 +1,13 @@
 """A plan or a report as a page: the model's tree, what became of each module, errors, the proof."""
 
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import takewhile
 
 from .._env import env
+from ..page import CSS, Scale, cell, document, error_text, table
 from ._folded import Line, folded
-from ._style import CSS, JS
+from ._style import CSS as OWN_CSS, JS
 from .compiled import Compiled
 from .report import Plan, Site, Story, alike
 from .speed import Speed
@@ -31,7 +31,6 @@ PROOF = "below: errors relative to the tensor's largest value, on a scale as abo
 
 def page(story: Story) -> str:
     """A page of its own."""
-    title = escape(f"{story.tree.root.cls}: {_kind(story)} by fastdl")
     parts = (
         _head(story),
         _cards(story, "button"),
@@ -42,18 +41,14 @@ def page(story: Story) -> str:
         _reasons(story),
         _proof(story.proof),
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>body {{ margin:0 }}{CSS}</style></head>\n"
-        f'<body class="fastdl"><main>{"".join(parts)}</main><script>{JS}</script></body></html>\n'
-    )
+    title = f"{story.tree.root.cls}: {_kind(story)} by fastdl"
+    return document(title, CSS + OWN_CSS, "".join(parts), JS)
 
 
 def compact(story: Story) -> str:
     """What a notebook shows: counts and the tree."""
     parts = (_head(story), _cards(story, "div"), _verdict(story), _tree(story))
-    return f'<style>{CSS}</style><div class="fastdl"><main>{"".join(parts)}</main></div>'
+    return f'<style>{CSS}{OWN_CSS}</style><div class="fastdl"><main>{"".join(parts)}</main></div>'
 
 
 FILTER = (
@@ -112,11 +107,11 @@ def _speed(speed: Speed | None) -> str:
         return ""
     if speed.reason:
         return f'<p class="dim">Time and memory: not measured: {escape(speed.reason)}.</p>'
-    rows = [[_cell(cell, index > 0) for index, cell in enumerate((name, *speed.cells(name)))]
+    rows = [[cell(text, index > 0) for index, text in enumerate((name, *speed.cells(name)))]
             for name in speed.passes]  # fmt: skip
     return (
         f"<h2>Time and memory on {escape(speed.device)}</h2>"
-        f"{_table(('', 'before', 'after', 'faster by', 'memory before', 'memory after'), rows)}"
+        f"{table(('', 'before', 'after', 'faster by', 'memory before', 'memory after'), rows)}"
         '<p class="dim">Medians of calls in turn, before and after, launches included; memory at '
         "its peak on top of the model.</p>"
     )
@@ -129,52 +124,11 @@ def _compiled(compiled: Compiled | None) -> str:
     return f"<h2>The graphs</h2>{lines}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], style: str = "") -> str:
-    """Rows of finished cells. A heading stands as its column does."""
-    rows = list(rows)
-    right = ['<td class="num"' in cell for cell in rows[0]]
-    names = (
-        f'<th class="num">{name}</th>' if flush else f"<th>{name}</th>"
-        for name, flush in zip(head, right, strict=True)
-    )
-    lines = "".join(f"<tr>{''.join(cells)}</tr>" for cells in (names, *rows))
-    return f'<div class="box {style}"><table>{lines}</table></div>'
-
-
-def _cell(text: str, number: bool = False, style: str = "") -> str:
-    style = "num" if number else style
-    return f'<td class="{style}">{escape(text)}</td>' if style else f"<td>{escape(text)}</td>"
-
-
 # errors
 
 
-class _Scale:
-    """Where errors stand on a line from the smallest to the largest, in powers of ten."""
-
-    def __init__(self, errors: Iterable[float | None]) -> None:
-        exponents = [math.log10(e) for e in errors if e and math.isfinite(e)] or [0.0]
-        self.low = math.floor(min(exponents)) - 0.5
-        self.high = max(math.ceil(max(exponents)), self.low + 1)
-
-    def at(self, error: float | None) -> str:
-        if not error:
-            return "0%"
-        part = (math.log10(error) - self.low) / (self.high - self.low) if error < math.inf else 1
-        return f"{100 * min(max(part, 0), 1):.0f}%"
-
-    def bars(self, before: float, after: float, allowed: float | None) -> str:
-        told = f"torch {before:.1e}, fastdl {after:.1e}"
-        told += f", allowed {allowed:.1e}" if allowed else ""
-        tick = f'<u style="left:{self.at(allowed)}"></u>' if allowed else ""
-        return (
-            f'<span class="scale" title="{told}"><i style="width:{self.at(before)}"></i>'
-            f'<i style="width:{self.at(after)}"></i>{tick}</span>'
-        )
-
-
-def _scale(sites: Iterable[Site]) -> _Scale:
-    return _Scale(error for site in sites for error in (site.before, site.after, site.allowed))
+def _scale(sites: Iterable[Site]) -> Scale:
+    return Scale(error for site in sites for error in (site.before, site.after, site.allowed))
 
 
 # the tree
@@ -211,7 +165,7 @@ def _open_depth(root: Line) -> int:
     return depth
 
 
-def _line(line: Line, scale: _Scale, depth: int) -> str:
+def _line(line: Line, scale: Scale, depth: int) -> str:
     kinds = [KINDS[title] for title, _ in line.sites]
     if line.part_of:
         kinds.append(KINDS[line.part_of[0]])
@@ -261,16 +215,13 @@ def _op(line: Line) -> str:
     return f'<span class="op">{"<br>".join(words)}</span>'
 
 
-def _errors(line: Line, scale: _Scale) -> str:
+def _errors(line: Line, scale: Scale) -> str:
     for _, site in line.sites:
         if site.before is not None and site.after is not None:
             bars = scale.bars(site.before, site.after, site.allowed)
-            return f'<span class="errors">{_error(site.before)} → {_error(site.after)}{bars}</span>'
+            told = f"{error_text(site.before)} → {error_text(site.after)}"
+            return f'<span class="errors">{told}{bars}</span>'
     return "<span></span>"
-
-
-def _error(error: float) -> str:
-    return f"{error:.1e}" if error else "0"
 
 
 def _why(line: Line) -> str:
@@ -298,17 +249,17 @@ def _reasons(story: Story) -> str:
         for site in sites:
             reasons.setdefault((site.reason or "", site.pattern), []).append(site)
         for (reason, pattern), same in sorted(reasons.items(), key=lambda item: -len(item[1])):
-            cells = _cell(reason, style=f"mark {KINDS[title]}"), _cell(pattern, style="name whole")
-            rows.append([*cells, _cell(f"{len(same):,}", True), _names(same)])
+            cells = cell(reason, style=f"mark {KINDS[title]}"), cell(pattern, style="name whole")
+            rows.append([*cells, cell(f"{len(same):,}", True), _names(same)])
     if not rows:
         return ""
-    return f"<h2>What stays, and why</h2>{_table(('reason', 'class', 'sites', 'where'), rows)}"
+    return f"<h2>What stays, and why</h2>{table(('reason', 'class', 'sites', 'where'), rows)}"
 
 
 def _names(sites: Sequence[Site]) -> str:
     names = [site.name or "(the model)" for site in alike(sites)]
     more = f" and {len(names) - NAMES:,} more" if len(names) > NAMES else ""
-    return _cell(", ".join(names[:NAMES]) + more, style="name")
+    return cell(", ".join(names[:NAMES]) + more, style="name")
 
 
 def _proof(proof: Proof | None) -> str:
@@ -321,19 +272,19 @@ def _proof(proof: Proof | None) -> str:
     )
     failed = sum(not comparison.ok for _, comparison in tensors)
     shown = tensors[: max(TENSORS, failed)]
-    scale = _Scale(error for _, comparison in shown for error in comparison.relative)
+    scale = Scale(error for _, comparison in shown for error in comparison.relative)
     rows = []
     for name, comparison in shown:
         bars = f'<td style="min-width:9rem">{scale.bars(*comparison.relative)}</td>'
-        numbers = [_cell(_error(error), True) for error in comparison.relative]
-        said = _cell(
+        numbers = [cell(error_text(error), True) for error in comparison.relative]
+        said = cell(
             comparison.reason or "ok", style=f"mark {'done' if comparison.ok else 'undone'}"
         )
-        rows.append([_cell(name, style="name"), *numbers, bars, said])
+        rows.append([cell(name, style="name"), *numbers, bars, said])
     rest = len(tensors) - len(shown)
     more = f"<p>and {rest:,} more that are further from what is allowed</p>" if rest else ""
-    table = _table(("tensor", "before", "after", "allowed", "", ""), rows, "tall")
+    tall = table(("tensor", "before", "after", "allowed", "", ""), rows, "tall")
     # the printed form says all but the table
     lines = takewhile(lambda line: not line.startswith("tensor "), str(proof).splitlines())
     words = "".join(f'<p class="dim">{escape(line)}</p>' for line in (*lines, PROOF))
-    return f"<h2>The proof</h2>{words}{table}{more}"
+    return f"<h2>The proof</h2>{words}{tall}{more}"

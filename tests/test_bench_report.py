@@ -1,0 +1,542 @@
+"""The page of what was measured: what it shows, what it leaves out, and what it says of nothing."""
+
+import copy
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import xml.etree.ElementTree as ET
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+from bench import marks as bench_marks
+from bench.report import __main__ as command, marks, pictures, read, readme, static, svg
+from bench.report.page import page
+from bench.store import RESULTS
+
+import fake_results
+import fastdl
+from fastdl.contract import SPECS, STEPS
+from html_reader import Tables
+
+ROOT = Path(__file__).resolve().parents[1]
+FEW = ("linear", "layer_norm", "adamw")
+DRAWN = ("Against torch's fastest call", "Against torch.compile", "Roofline", "What moves bytes")
+
+
+def rendered(results):
+    return page(read.machines(results), marks.of, results)
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory):
+    """A folder of results: fake ones of a GPU, and the real ones that need none."""
+    results = tmp_path_factory.mktemp("results")
+    fake_results.write(results, ops=FEW)
+    shutil.copytree(RESULTS / static.FOLDER, results / static.FOLDER)
+    return results
+
+
+@pytest.fixture(scope="module")
+def shown(fake):
+    return Tables(rendered(fake))
+
+
+def without_styles(reader):
+    return " ".join(word for word in reader.words if "{" not in word)
+
+
+# what there is
+
+
+def test_nothing_is_measured(tmp_path, capsys):
+    found = Tables(rendered(tmp_path))
+    words = without_styles(found)
+    assert "There are no results of a GPU" in words
+    assert words.count("not measured") == 6  # marks, speed, roofline, sizes, memory, models
+    assert not found.tables
+    assert command.main(["--results", str(tmp_path)]) == 0
+    assert "Nothing is measured on a GPU yet" in capsys.readouterr().out
+    assert readme.filled("<!-- results:speed -->\n<!-- /results -->", []).split("\n")[2] == (
+        "Not measured."
+    )
+
+
+def test_the_results_of_the_repository_are_shown():
+    found = Tables(rendered(RESULTS))
+    assert len(found.headed("op", "dtype")[-1]) == 1 + 3 * len(SPECS)
+    assert {row[0] for row in found.headed("op", "target")[0][1:]} == {*SPECS, *STEPS}
+    assert "in Triton's interpreter" in without_styles(found)
+    assert "Left out" not in without_styles(found)
+
+
+def test_numbers_are_those_of_the_row(fake, shown):
+    table = json.loads((fake / "fake_gpu_9000/layer_norm.json").read_text())
+    row = table["rows"]["16384x4096 backward"]
+    [short] = [
+        row
+        for rows in shown.headed("case", "pass", "us")
+        for row in rows
+        if row[:2] == ["16384x4096 backward", "backward"]
+    ]
+    found = row["passes"]["backward"]["graph"]
+    fused, over = found["contenders"]["fused"], found["over"]["compile"]
+    assert short[2] == f"{fused['us']:,.1f}"
+    for told, stats in ((short[3], fused), (short[4], over)):
+        assert f"{stats['ratio']:.2f}×" in told
+        assert f"{stats['low']:.2f} to {stats['high']:.2f}" in told
+    assert found["baseline"] in short[3]
+    peaks = row["passes"]["backward"]["peak_bytes"]
+    assert short[-1] == f"{peaks['fused'] / peaks[found['baseline']]:.2f}×"
+    [inputs] = [
+        row
+        for rows in shown.headed("case", "dtype", "shapes", "seeds")
+        for row in rows
+        if row[0] == "16384x4096 backward"
+    ]
+    assert inputs[1:4] == ["bfloat16", "bfloat16[16384, 4096]", "0, 1, 2"]
+    assert "layer_norm_fwd BLOCK=1024 w8" in inputs[8]
+    assert inputs[9] == "liger: not installed"
+
+
+def test_every_contender_of_every_pass_has_a_line(fake, shown):
+    lines = [row for rows in shown.headed("case", "pass", "contender") for row in rows[1:]]
+    timed = read.machines(fake)[0].timed
+    assert len(lines) == sum(
+        len(part.way.contenders) for one in timed for part in one.passes.values()
+    )
+    drifts = {row[7] for row in lines}
+    assert drifts == {"1.010"}
+
+
+def test_where_results_come_from(shown):
+    [runs, *_] = shown.headed("run", "GPU")
+    assert runs[1][:2] == ["fake", f"{fake_results.GPU} (sms 132)"]
+    assert "driver 999.9" in runs[1][2] and "torch 2.99" in runs[1][2]
+    assert runs[1][3] == fake_results.RUN["commit"]
+
+
+def test_what_failed_and_what_was_refused(shown):
+    [rows] = shown.headed("stage", "row")
+    assert ["linear", "8192x8192x8192 none", "failed", "off by 1.00e+00, allowed 1e-3"] in rows
+    assert any(row[2:] == ["no liger", "not installed"] for row in rows)
+    assert any(row[1:] == ["gpt2, training (1)", "no graph", "WRONG: far off"] for row in rows)
+
+
+def test_models(shown):
+    [rows] = shown.headed("model", "contender")
+    assert len(rows) == 1 + 8 * 5
+    assert {row[1] for row in rows[1:]} == {"eager", "modules", "graph", "compile", "then compile"}
+
+
+def test_several_gpus_have_a_section_each(tmp_path):
+    for number, slug in enumerate(("a", "b")):
+        fake_results.write(tmp_path, slug, number, ops=("nll_loss", "linear"))
+    found = Tables(rendered(tmp_path))
+    ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
+    assert {"g0", "g1"} <= set(ids)
+    assert max(Counter(ids).values()) == 1
+
+
+def test_marks(monkeypatch, tmp_path):
+    asked = []
+    rows = [
+        ("linear, 8192", ">= 0.9", "1.02", "met", ""),
+        ("attention", ">= 0.7", "0.61", "missed", "no <wgmma> overlap"),
+        ("models", 1.5, None, "open", "3 of 31 rows"),
+    ]
+    monkeypatch.setattr(bench_marks, "table", lambda of: asked.append(of) or rows, raising=False)
+    fake_results.write(tmp_path, ops=("nll_loss", "linear"))
+    found = Tables(rendered(tmp_path))
+    assert found.headed("mark")[0][1:] == [
+        ["linear, 8192", ">= 0.9", "1.02", "met", ""],
+        ["attention", ">= 0.7", "0.61", "missed", "no <wgmma> overlap"],
+        ["models", "1.5", "not measured", "open", "3 of 31 rows"],
+    ]
+    assert asked == [tmp_path / "fake_gpu_9000"]
+    assert "1 met, 1 missed, 1 open" in without_styles(found)
+
+
+# what is damaged, and what is hostile
+
+
+def broken(edit):
+    """The text of a table of results, with a fault in one of its rows."""
+
+    def text(table):
+        table = copy.deepcopy(table)
+        edit(table["rows"]["16384x4096"])
+        return json.dumps(table)
+
+    return text
+
+
+def at(*path, value):
+    def edit(row):
+        *inner, last = path
+        for key in inner:
+            row = row[key]
+        row[last] = value
+
+    return broken(edit)
+
+
+GRAPH = ("passes", "forward", "graph")
+FUSED = (*GRAPH, "contenders", "fused")
+FILES = {
+    "cut off": lambda table: json.dumps(table)[:500],
+    "empty": lambda table: "",
+    "a list": lambda table: "[1]",
+    "too deep": lambda table: "[" * 100_000,
+    "no runs": lambda table: json.dumps({"rows": table["rows"]}),
+    "rows in a list": lambda table: json.dumps({**table, "rows": []}),
+    "a run that is no object": lambda table: json.dumps({**table, "runs": {"fake": 1}}),
+    "half a character": lambda table: json.dumps(
+        {**table, "rows": {**table["rows"], "\ud800": {"ok": True}}}
+    ),
+}
+ROWS = {
+    "no number": at(*FUSED, "us", value="fast"),
+    "not finite": at(*FUSED, "ratio", value=float("nan")),
+    "endless": at(*FUSED, "low", value=float("inf")),
+    "no time": at(*FUSED, "us", value=0),
+    "a negative": at("passes", "forward", "peak_bytes", "fused", value=-1),
+    "a truth": at(*FUSED, "drift", value=True),
+    "a pass that is none": broken(lambda row: row["passes"].update(x=row["passes"]["forward"])),
+    "no pass": at("passes", value={}),
+    "no ceilings": at("ceilings", value=None),
+    "not ours": broken(lambda row: row["passes"]["forward"]["graph"]["contenders"].pop("fused")),
+    "an unknown baseline": at(*GRAPH, "baseline", value="best"),
+    "shapes in no list": at("shapes", value=3),
+    "no way of calling": at("passes", "forward", "how", value="stream"),
+    "an object for a text": at("says", value={}),
+}
+
+
+@pytest.mark.parametrize("fault", [*FILES, *ROWS])
+def test_what_is_damaged_is_left_out_with_a_note(fault, tmp_path):
+    folder = fake_results.write(tmp_path, ops=("linear", "layer_norm"))
+    path = folder / "layer_norm.json"
+    path.write_text({**FILES, **ROWS}[fault](json.loads(path.read_text())))
+    [machine] = read.machines(tmp_path)
+    [note] = machine.notes
+    assert note.startswith("fake_gpu_9000/layer_norm.json")
+    norms = [one.case for one in machine.timed if one.op == "layer_norm"]
+    if fault in FILES:
+        assert "no table of results" in note and not norms
+    else:
+        assert "16384x4096 is left out" in note
+        assert len(norms) == len(SPECS["layer_norm"].bench) - 1 and "16384x4096" not in norms
+
+
+def test_the_rest_is_shown_and_the_notes_with_it(tmp_path, capsys):
+    folder = fake_results.write(tmp_path, ops=("linear", "layer_norm"))
+    path = folder / "layer_norm.json"
+    path.write_text(ROWS["not ours"](json.loads(path.read_text())))
+    (folder / "models.json").write_text("{")
+    assert command.main(["--results", str(tmp_path)]) == 0
+    found, said = Tables((tmp_path / "report.html").read_text()), capsys.readouterr().err
+    notes = read.machines(tmp_path)[0].notes
+    assert len(notes) == 2
+    assert all(note in found.words and note in said for note in notes)
+    assert any("8192x4096x1024 gelu" in row for rows in found.tables for row in rows)
+    assert any("32768x1024" in row for rows in found.tables for row in rows)
+
+
+def test_a_row_that_is_odd_but_right_is_shown(tmp_path):
+    """What newer code may leave out or add."""
+    folder = fake_results.write(tmp_path, ops=("linear", "layer_norm"))
+    path = folder / "layer_norm.json"
+    table = json.loads(path.read_text())
+    row = table["rows"]["16384x4096"]
+    for name in ("shapes", "seeds", "refused", "launches", "route", "sets", "cold"):
+        del row[name]
+    part = row["passes"]["forward"]
+    del part["python"], part["peak_bytes"], part["roofline"]
+    del part["graph"]["over"]["compile"], part["graph"]["contenders"]["compile"]
+    row["error"] = 1e-5
+    row["more"] = {"than": "known"}
+    path.write_text(json.dumps(table))
+    found = Tables(rendered(tmp_path))
+    [short] = [
+        row for rows in found.headed("case", "pass", "us") for row in rows if row[0] == "16384x4096"
+    ]
+    assert short[4:6] == ["not measured", "not measured"]
+    assert short[-2:] == ["-", "-"]
+    assert "Left out" not in without_styles(found)
+
+
+EVIL = (
+    "$\\frac{$\x07<i></script><script>alert(1)</script>\"'><img src=x onerror=y> "
+    "|`*[x](javascript:z) é"
+)
+
+
+def evil(value, things):
+    """Every text made hostile, and every name of a thing; not the names of fields."""
+    form = ("graph", "python", "definition", "bfloat16", "fake")
+    if isinstance(value, dict):
+        return {key + EVIL * (key in things): evil(of, things) for key, of in value.items()}
+    if isinstance(value, list):
+        return [evil(one, things) for one in value]
+    return value + EVIL if isinstance(value, str) and value not in form else value
+
+
+def test_names_are_text_and_nothing_else(tmp_path):
+    tables = fake_results.tables(ops=("linear", "layer_norm"))
+    things = {"torch", "liger", "fastdl", "driver", "sms", "modules"}
+    things |= {name for table in tables.values() for name in table["rows"]}
+    folder = tmp_path / "evil&<b>"
+    folder.mkdir()
+    for stage, table in tables.items():
+        name = stage if stage in ("models", "check") else f"{stage}<i>$x"
+        (folder / f"{name}.json").write_text(json.dumps(evil(table, things)))
+    machines = read.machines(tmp_path)
+    assert not machines[0].notes
+    assert any(EVIL[:8] in curve.what for curve in pictures.curves(machines[0].timed))
+    assert machines[0].timed and machines[0].models and machines[0].checked
+    text = rendered(tmp_path)
+    found = Tables(text)
+    tags = {tag for tag, _ in found.tags}
+    assert not tags & {"script", "img", "i$x", "form", "iframe"}
+    assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
+    assert all(a.get("href", "#").startswith("#") for _, a in found.tags)
+    assert any("</script><script>alert(1)" in word for word in found.words)
+    for block in readme.BLOCKS.values():
+        told = block(machines)
+        assert not re.search(r"[<>`]|\]\(javascript", told)
+        lines = [line for line in told.splitlines() if line.startswith("|")]
+        assert {line.count("|") for line in lines} <= {7, 8}
+    for picture in drawn(machines[0]):
+        ET.fromstring(picture.file())
+
+
+# pictures
+
+
+def drawn(machine):
+    yield from filter(None, (
+        pictures.speed(machine, "a", False), pictures.speed(machine, "a", True),
+        pictures.memory(machine, "a", False), pictures.memory(machine, "a", True),
+        pictures.roofline(machine, "a"), pictures.traffic(machine, "a"),
+    ))  # fmt: skip
+    for number, curve in enumerate(pictures.curves(machine.timed)):
+        yield pictures.over_size(curve, "a", number)
+
+
+def test_pictures_have_a_dot_a_case_and_only_the_pages_colours(fake):
+    machine = read.machines(fake)[0]
+    parts = [(one, part) for one in machine.timed for part in one.passes.values()]
+    compiled = [one for one, part in parts if "compile" in part.way.over]
+    found = list(drawn(machine))
+    assert len(found) > 6
+    told = {picture.name: ET.fromstring(picture.file()).iter() for picture in found}
+    titles = {
+        name: [node.text for node in nodes if node.tag.endswith("title")]
+        for name, nodes in told.items()
+    }
+    assert sum(", quartiles " in text for text in titles["a-speed"]) == len(parts)
+    assert sum(", quartiles " in text for text in titles["a-compile"]) == len(compiled)
+    roofs = titles["a-roofline"] + titles["a-traffic"]
+    assert all("TFLOP/s" in text or "TB/s" in text for text in roofs)
+    assert len(titles["a-roofline"]) == sum(one.flops > 0 for one in machine.timed)
+    for picture in found:
+        for text, kind in ((picture.inline(), "css"), (picture.file(), "file")):
+            assert "#00000" not in text, "a colour that stands for another"
+            assert getattr(svg.INK, kind) in text
+            assert ("<text" in text and "font-family" in text) or "font:" in text
+        assert "<metadata" not in picture.inline() and "width=" not in picture.inline()[:200]
+
+
+def test_references_in_pictures_lead_somewhere(shown, fake):
+    ids = Counter(attributes["id"] for _, attributes in shown.tags if "id" in attributes)
+    assert max(ids.values()) == 1
+    text = rendered(fake)
+    used = set(re.findall(r'url\(#([^)]+)\)|(?:xlink:)?href="#([^"]+)"', text))
+    assert used and {a or b for a, b in used} <= ids.keys()
+
+
+def test_a_picture_is_the_same_twice(fake):
+    machine = read.machines(fake)[0]
+    first, second = (pictures.roofline(machine, "a") for _ in range(2))
+    assert first.inline() == second.inline()
+
+
+def test_slower_is_red_and_more_memory_too():
+    def bar(value, less):
+        ratio = read.Ratio(value, value, value)
+        return pictures.bars("x", [pictures.Dot("op", "both", ratio, "")], "", less).inline()
+
+    red = svg.WORSE.css
+    assert [red in bar(*case) for case in ((2, False), (0.5, False), (2, True), (0.5, True))] == [
+        False, True, True, False,
+    ]  # fmt: skip
+
+
+def test_curves_are_along_the_dimension_that_differs(fake):
+    machine = read.machines(fake)[0]
+    found = {(curve.what, curve.part): curve.points for curve in pictures.curves(machine.timed)}
+    widths = [size for size, _ in found["layer_norm", "forward"]]
+    assert widths == [256, 1024, 4096, 16384, 65536]
+    assert ("layer_norm backward", "both") not in found  # two sizes are no curve
+
+
+def test_a_curve_for_each_last_dimension():
+    def case(rows, heads):
+        return read.Timed(
+            "attention", f"{rows}x{heads}", "fake", "bfloat16", [f"bfloat16[{rows}, {heads}]"], [],
+            1, 1, {}, 1, 1, {}, {}, {"forward": read.Pass("forward", "graph", 1, {}, {}, {}, {})},
+        )  # fmt: skip
+
+    timed = [case(rows, heads) for heads in (64, 128) for rows in (16, 4, 8)]
+    found = list(pictures.curves(timed))
+    assert [curve.what for curve in found] == ["attention of 64", "attention of 128"]
+    assert [[size for size, _ in curve.points] for curve in found] == [[4, 8, 16]] * 2
+
+
+# README and the terminal
+
+
+def test_readme_is_what_its_results_say():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {match[2] for match in readme.BLOCK.finditer(text)} == readme.BLOCKS.keys()
+    assert readme.filled(text, read.machines(RESULTS)) == text, "type: fastdl report"
+
+
+def test_readme_of_fake_results(fake):
+    machines = read.machines(fake)
+    text = "".join(f"<!-- results:{name} -->\nold\n<!-- /results -->\n" for name in readme.BLOCKS)
+    found = readme.filled(text, machines)
+    assert "old" not in found and readme.filled(found, machines) == found
+    assert f"{fake_results.GPU} (driver 999.9, torch 2.99, triton 3.99, commit fa4efa4efa)" in found
+    rows = json.loads((fake / "fake_gpu_9000/layer_norm.json").read_text())["rows"].values()
+    graphs = [part["graph"] for row in rows for part in row["passes"].values()]
+    means = [
+        statistics.geometric_mean(ratios)
+        for ratios in (
+            [of["contenders"]["fused"]["ratio"] for of in graphs],
+            [of["over"]["compile"]["ratio"] for of in graphs],
+        )
+    ]
+    assert re.search(r"\| layer_norm \| 8 \| {:.2f}× \([^|]+ \| {:.2f}× \(".format(*means), found)
+    assert "| sgd | 0 | not measured | not measured |" in found
+    assert "| llama, training | 20.00 |" in found
+
+
+def test_readme_with_an_unknown_marker():
+    with pytest.raises(ValueError, match="there are speed, models"):
+        readme.filled("<!-- results:sped -->\n<!-- /results -->", [])
+
+
+def test_the_command(fake, tmp_path, capsys):
+    before = (ROOT / "README.md").read_text()
+    out = tmp_path / "deep/page.html"
+    assert command.main(["--results", str(fake), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"layer_norm +8 +\d\.\d\d×", said)
+    assert "linear 8192x8192x8192 none: FAILED: off by" in said
+    assert said.endswith(f"the page is {out}\n")
+    assert (ROOT / "README.md").read_text() == before
+    ET.parse(fake / "fake_gpu_9000/speed.svg")
+    ET.parse(fake / "fake_gpu_9000/roofline.svg")
+    shown = readme.filled("<!-- results:speed -->\n<!-- /results -->", read.machines(fake))
+    assert "](bench/results/fake_gpu_9000/roofline.svg)" in shown
+    command.main(["--results", str(fake), "--out", str(out), "--cases"])
+    assert re.search(r"16384x4096 backward +backward +\d+\.\d +\d\.\d\d×", capsys.readouterr().out)
+
+
+# what needs no GPU
+
+
+def test_errors_are_rows(tmp_path, capsys):
+    assert static.work_off("check", ["nll_loss"], tmp_path)
+    [machine] = read.machines(tmp_path)
+    assert [(one.op, one.dtype) for one in machine.checked] == [
+        ("nll_loss", dtype) for dtype in ("float32", "float16", "bfloat16")
+    ]
+    assert machine.interpreted and not machine.is_gpu
+    assert "/" not in json.dumps(machine.runs)
+    capsys.readouterr()
+    assert static.work_off("check", ["nll_loss"], tmp_path)
+    assert not capsys.readouterr().out, "what is there is made again"
+
+
+def test_each_stage_has_a_process_of_its_own(monkeypatch, tmp_path):
+    """One in the interpreter, the other without it; one that fails does not stop the next."""
+    ran = []
+
+    def run(command, cwd, env):
+        ran.append((command[3], env.get("TRITON_INTERPRET")))
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(static.subprocess, "run", run)
+    assert not static.make(tmp_path)
+    assert ran == [("check", "1"), ("targets", None)]
+
+
+@pytest.mark.slow
+def test_machine_code_is_a_row(monkeypatch, tmp_path):
+    one = partial(fastdl.targets, targets=["sm_90"], limit=1)
+    monkeypatch.setattr(static.fastdl, "targets", one)
+    assert static.work_off("targets", ["sgd"], tmp_path)
+    [machine] = read.machines(tmp_path)
+    [(op, cells)] = machine.binaries
+    assert (op, cells[0], cells[-1]) == ("sgd", "sm_90", "ok")
+    [short, whole] = Tables(rendered(tmp_path)).headed("op", "target")
+    assert short[1][:3] == ["sgd", "sm_90", "1"] and short[1][-1] == "ok"
+    assert short[1][3] == cells[machine.head.index("regs")]
+    assert whole[1] == ["sgd", *cells]
+
+
+# in a browser
+
+NAMES = "chromium", "chromium-browser", "google-chrome"
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+
+# What a reader would find: widths with all folds open, pictures that take room, requests.
+ASK = """<script>
+for (const fold of document.querySelectorAll('details')) fold.open = true;
+const all = selector => [...document.querySelectorAll(selector)];
+const high = (selector, least) =>
+  all(selector).filter(x => x.getBoundingClientRect().height > least).length;
+parent.postMessage(JSON.stringify({
+  width: innerWidth, page: document.documentElement.scrollWidth,
+  requests: performance.getEntriesByType('resource').length,
+  pictures: high('figure svg', 100), texts: high('figure svg text', 4), tables: high('table', 20),
+  captions: all('figcaption').map(x => x.textContent),
+  dots: all('figure svg title').length,
+  sections: all('section h2').map(x => x.textContent) }), '*');
+</script></body>"""
+
+# A window cannot be as narrow as a phone, a frame can.
+FRAME = """<!doctype html>
+<script>onmessage = told => document.body.dataset.found = told.data</script>
+<body><iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="neither Chromium nor Chrome is installed")
+@pytest.mark.parametrize("width", (390, 1280))
+def test_in_a_browser(width, fake, shown, tmp_path):
+    text = rendered(fake)
+    (tmp_path / "page.html").write_text(text.replace("</body>", ASK), encoding="utf-8")
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.format(width=width))
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}/profile",
+         "--virtual-time-budget=10000", frame.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    [body] = [attributes for tag, attributes in Tables(done.stdout).tags if tag == "body"]
+    found = json.loads(body["data-found"])
+    assert found["width"] == width
+    assert found["page"] <= width, "the page scrolls sideways"
+    assert found["requests"] == 0
+    assert found["captions"][:4] == list(DRAWN)
+    assert found["pictures"] == len(found["captions"]) == text.count("<figure>") > 6
+    assert found["dots"] > 100 and found["texts"] > 50
+    assert found["tables"] == len(shown.tables)
+    assert found["sections"] == [fake_results.GPU, "Without a GPU"]
