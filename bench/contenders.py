@@ -44,8 +44,10 @@ class Prepared(NamedTuple):
             call.forget()
 
 
-def contenders(call: "partial[Any]", compiled: bool = True) -> dict[str, Form]:
-    """By name. What needs most memory comes last."""
+def contenders(
+    call: "partial[Any]", compiled: bool = True, elsewhere: bool = True
+) -> dict[str, Form]:
+    """By name, as routed only if that is `elsewhere`. What needs most memory comes last."""
     plain = TORCH[call.func]
     forms: dict[str, Form] = {"torch": plain, "fused": call.func}
     if compiled and call.func not in STEPPED:
@@ -55,13 +57,15 @@ def contenders(call: "partial[Any]", compiled: bool = True) -> dict[str, Form]:
     forms |= libraries.contenders(call)
     if has_vendor(call):
         forms["vendor"] = vendor(call.func)
+    if elsewhere:
+        forms["routed"] = routed(call.func)
     return forms | {"definition": definition(call.func)}
 
 
 def names(case: BenchCase, compiled: bool = True) -> list[str]:
     """Of the contenders, without making a tensor. Some may be refused later."""
     maker = Maker(case.dtype, device="meta", grad=case.backward)
-    return [*contenders(case.make(maker), compiled), "routed"]
+    return [*contenders(case.make(maker), compiled)]
 
 
 def definition(op: Form) -> Form:
@@ -137,9 +141,7 @@ def prepare(
     """The contenders of one pass, each held against torch's result; all, or `only` one."""
     if compiled:
         torch._dynamo.reset()
-    forms = contenders(inputs.first, compiled)
-    if goes_elsewhere(inputs.first):
-        forms["routed"] = routed(inputs.first.func)
+    forms = contenders(inputs.first, compiled, goes_elsewhere(inputs.first))
     torchs = PASSES[what](forms.pop("torch"), inputs)
     wanted = repeatable(torchs)
     calls: dict[str, Pass] = {"torch": torchs, "fused": PASSES[what](forms.pop("fused"), inputs)}

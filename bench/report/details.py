@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from bench.report.marks import Mark
+from bench.marks import Verdict
+from bench.report.marks import kind
 from bench.report.read import (
     COMPILED,
     OURS,
@@ -117,12 +118,12 @@ def failed(machine: Machine) -> str:
     )
 
 
-def marks(rows: Sequence[Mark]) -> str:
+def marks(rows: Sequence[Verdict]) -> str:
     if not rows:
         return f"<h3>Pass marks</h3>{not_measured()}"
     cells = [
-        [cell(row.mark, style="says"), cell(row.required), cell(row.measured or "not measured"),
-         cell(row.verdict, style=f"mark {row.kind}"), cell(row.reason, style="says")]
+        [cell(row.what, style="says"), cell(row.required), cell(row.measured or "not measured"),
+         cell(row.verdict, style=f"mark {kind(row)}"), cell(row.reason, style="says")]
         for row in rows
     ]  # fmt: skip
     counts = ", ".join(

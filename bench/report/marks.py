@@ -1,32 +1,34 @@
-"""The pass marks, as `bench.marks` tells them, fit to be shown."""
+"""The marks, for what was measured in a folder of results."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from bench import marks
+from bench.marks import MARKS, Verdict, judged, planned
+from bench.store import read
 
 KINDS = {"met": "done", "missed": "undone", "open": "kept"}
 
 
-class Mark(NamedTuple):
-    mark: str
-    required: str
-    measured: str
-    verdict: str
-    reason: str
-
-    @property
-    def kind(self) -> str:
-        """As the page's style calls the verdict."""
-        return KINDS.get(self.verdict, "dim")
+def of(folder: Path) -> list[Verdict]:
+    """Each mark with its verdict."""
+    stages = {mark.stage for mark in MARKS}
+    tables = {stage: _rows(folder / f"{stage}.json") for stage in stages}
+    return [_judged(mark, tables[mark.stage]) for mark in MARKS]
 
 
-def of(folder: Path) -> list[Mark]:
-    """Each mark with its verdict for what was measured in this folder."""
-    told = getattr(marks, "table", None)
-    return [_mark(row) for row in told(folder)] if told else []
+def kind(verdict: Verdict) -> str:
+    """As the page's style calls it."""
+    return KINDS.get(verdict.verdict, "dim")
 
 
-def _mark(row: Sequence[object]) -> Mark:
-    return Mark(*("" if value is None else str(value) for value in row))
+def _rows(path: Path) -> dict[str, Any]:
+    table = read(path)
+    rows = table["rows"] if table else {}
+    return {name: row for name, row in rows.items() if isinstance(row, dict)}
+
+
+def _judged(mark: Any, rows: dict[str, Any]) -> Verdict:
+    try:
+        return judged(mark, rows, planned(mark))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        return judged(mark, {}, [])._replace(reason=f"rows of {mark.stage} are damaged: {error!r}")

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from bench.marks import Verdict
 from bench.report import details, models, pictures, svg
 from bench.report.details import not_measured
-from bench.report.marks import Mark
 from bench.report.read import Errors, Machine, against, by, geometric
 from bench.report.svg import Picture
 from bench.store import ROOT
@@ -45,7 +45,7 @@ OWN_CSS = (
 )
 
 
-def page(machines: Sequence[Machine], marks: Callable[[Path], list[Mark]], results: Path) -> str:
+def page(machines: Sequence[Machine], marks: Callable[[Path], list[Verdict]], results: Path) -> str:
     """The whole of it. `marks` are those of a GPU's folder, or without one, of all results."""
     gpus = [machine for machine in machines if machine.is_gpu]
     rest = [machine for machine in machines if not machine.is_gpu]
@@ -74,7 +74,7 @@ def _head(gpus: Sequence[Machine], results: Path) -> str:
     )
 
 
-def _nothing(marks: Sequence[Mark]) -> str:
+def _nothing(marks: Sequence[Verdict]) -> str:
     """What a GPU's section has, with nothing to put there."""
     sections = ("Speed", "Roofline", "Speed over size", "Memory", "Whole models")
     told = "".join(f"<h3>{name}</h3>{not_measured()}" for name in sections)
@@ -84,7 +84,7 @@ def _nothing(marks: Sequence[Mark]) -> str:
     )
 
 
-def _gpu(machine: Machine, slug: str, marks: Sequence[Mark]) -> str:
+def _gpu(machine: Machine, slug: str, marks: Sequence[Verdict]) -> str:
     rivals = (("Against torch's fastest call", False), ("Against torch.compile", True))
     drawn = [(title, pictures.speed(machine, slug, compiled)) for title, compiled in rivals]
     peaks = [(title, pictures.memory(machine, slug, compiled)) for title, compiled in rivals]
@@ -131,7 +131,7 @@ def _figures(drawn: Sequence[tuple[str, Picture | None]], style: str) -> str:
     return f'<div class="{style}">{"".join(shown)}</div>' if shown else not_measured()
 
 
-def _cards(machine: Machine, marks: Sequence[Mark]) -> str:
+def _cards(machine: Machine, marks: Sequence[Verdict]) -> str:
     """What one wants to know first."""
     cards = [(f"{len(machine.timed):,}", "cases timed", "")]
     for than, compiled in (("torch's fastest", False), ("torch.compile", True)):
