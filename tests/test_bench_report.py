@@ -41,8 +41,13 @@ def fake(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shown(fake):
-    return Tables(rendered(fake))
+def html(fake):
+    return rendered(fake)
+
+
+@pytest.fixture(scope="module")
+def shown(html):
+    return Tables(html)
 
 
 def without_styles(reader):
@@ -232,6 +237,19 @@ def test_what_is_damaged_is_left_out_with_a_note(fault, tmp_path):
         assert len(norms) == len(SPECS["layer_norm"].bench) - 1 and "16384x4096" not in norms
 
 
+def test_a_model_without_times_of_eager_is_left_out(tmp_path):
+    folder = fake_results.write(tmp_path, ops=("nll_loss", "linear"))
+    path = folder / "models.json"
+    table = json.loads(path.read_text())
+    del table["rows"]["llama, training"]["python"]["eager"]["eager"]
+    path.write_text(json.dumps(table))
+    [machine] = read.machines(tmp_path)
+    assert machine.notes == [
+        "fake_gpu_9000/models.json: llama, training is left out: ValueError: no times of eager"
+    ]
+    assert len(machine.models) == 7
+
+
 def test_the_rest_is_shown_and_the_notes_with_it(tmp_path, capsys):
     folder = fake_results.write(tmp_path, ops=("linear", "layer_norm"))
     path = folder / "layer_norm.json"
@@ -351,11 +369,10 @@ def test_pictures_have_a_dot_a_case_and_only_the_pages_colours(fake):
         assert "<metadata" not in picture.inline() and "width=" not in picture.inline()[:200]
 
 
-def test_references_in_pictures_lead_somewhere(shown, fake):
+def test_references_in_pictures_lead_somewhere(shown, html):
     ids = Counter(attributes["id"] for _, attributes in shown.tags if "id" in attributes)
     assert max(ids.values()) == 1
-    text = rendered(fake)
-    used = set(re.findall(r'url\(#([^)]+)\)|(?:xlink:)?href="#([^"]+)"', text))
+    used = set(re.findall(r'url\(#([^)]+)\)|(?:xlink:)?href="#([^"]+)"', html))
     assert used and {a or b for a, b in used} <= ids.keys()
 
 
@@ -512,31 +529,36 @@ parent.postMessage(JSON.stringify({
 </script></body>"""
 
 # A window cannot be as narrow as a phone, a frame can.
-FRAME = """<!doctype html>
-<script>onmessage = told => document.body.dataset.found = told.data</script>
-<body><iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe></body>"""
+WIDTHS = 390, 1280
+FRAMES = """<!doctype html><script>
+const found = [];
+onmessage = told => {
+  found.push(told.data);
+  document.body.dataset.found = JSON.stringify(found);
+};
+</script><body>"""
+FRAME = '<iframe src="page.html" style="width:{}px;height:900px;border:0"></iframe>'
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="neither Chromium nor Chrome is installed")
-@pytest.mark.parametrize("width", (390, 1280))
-def test_in_a_browser(width, fake, shown, tmp_path):
-    text = rendered(fake)
-    (tmp_path / "page.html").write_text(text.replace("</body>", ASK), encoding="utf-8")
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.format(width=width))
+def test_in_a_browser(html, shown, tmp_path):
+    (tmp_path / "page.html").write_text(html.replace("</body>", ASK), encoding="utf-8")
+    frames = tmp_path / "frames.html"
+    frames.write_text(FRAMES + "".join(map(FRAME.format, WIDTHS)))
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
          "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}/profile",
-         "--virtual-time-budget=10000", frame.as_uri()],
+         "--virtual-time-budget=10000", frames.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     [body] = [attributes for tag, attributes in Tables(done.stdout).tags if tag == "body"]
-    found = json.loads(body["data-found"])
-    assert found["width"] == width
-    assert found["page"] <= width, "the page scrolls sideways"
-    assert found["requests"] == 0
-    assert found["captions"][:4] == list(DRAWN)
-    assert found["pictures"] == len(found["captions"]) == text.count("<figure>") > 6
-    assert found["dots"] > 100 and found["texts"] > 50
-    assert found["tables"] == len(shown.tables)
-    assert found["sections"] == [fake_results.GPU, "Without a GPU"]
+    told = sorted(map(json.loads, json.loads(body["data-found"])), key=lambda one: one["width"])
+    assert [one["width"] for one in told] == list(WIDTHS)
+    for found in told:
+        assert found["page"] <= found["width"], "the page scrolls sideways"
+        assert found["requests"] == 0
+        assert found["captions"][:4] == list(DRAWN)
+        assert found["pictures"] == len(found["captions"]) == html.count("<figure>") > 6
+        assert found["dots"] > 100 and found["texts"] > 50
+        assert found["tables"] == len(shown.tables)
+        assert found["sections"] == [fake_results.GPU, "Without a GPU"]

@@ -292,6 +292,8 @@ def _model(name: str, row: dict[str, Any]) -> Model:
         for contender, of in _map(row["contenders"]).items()
     }
     ways = {way: _each(row[way], lambda base: _each(base, _stats)) for way in WAYS if row.get(way)}
+    if "eager" not in ways["python"]["eager"]:
+        raise ValueError("no times of eager")
     return Model(
         name, _text(row["run"]), row["ok"] is True, _text(row["proof"]), _text(row["dtype"]), ways,
         facts, _each(row.get("peak_bytes", {}), _number), _each(row.get("refused", {}), _text),
