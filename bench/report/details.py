@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from bench.report.marks import Mark
-from bench.report.read import (
+from bench.report.results import (
     COMPILED,
     OURS,
     WAYS,

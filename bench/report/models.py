@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from bench.report.details import compared, not_measured
-from bench.report.read import Machine, Model, Ratio, Stats
+from bench.report.results import Machine, Model, Ratio, Stats
 from fastdl.page import cell, error_text, table
 
 EAGER, COMPILED, CALLED, CAPTURED = "eager", "compile", "python", "graph"
