@@ -42,7 +42,7 @@ def _rows(model: Model) -> Iterable[list[str]]:
             _fact(facts, "compile_s", "{:,.1f}"),
             *(cell(error_text(facts[key]) if key in facts else "-", True)
               for key in ("after", "before", "allowed")),
-            cell(model.proof), cell(model.run, style="name whole"),
+            cell(model.proof, style="whole"), cell(model.run, style="name whole"),
         ]  # fmt: skip
 
 
