@@ -75,9 +75,11 @@ def write(path: Path, table: dict[str, Any]) -> None:
 
 def provenance(environment: dict[str, Any]) -> dict[str, Any]:
     """What rows of one run have in common: versions, device, ptxas, and the code."""
-    keep = ("versions", "devices", "ptxas", "interpreted")
+    keep = ("versions", "devices", "interpreted")
     return {
         **{key: environment[key] for key in keep},
+        # its version, without where it lies
+        "ptxas": environment["ptxas"] and environment["ptxas"].split(" (")[0],
         "commit": commit(),
         "code": code_digest(),
     }

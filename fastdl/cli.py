@@ -316,13 +316,15 @@ def _routes(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    if args.routes:
-        return _routes(args)
-    if args.gpu or args.json:
-        raise UsageError("--gpu and --json are options of --routes. Type: fastdl report --routes")
     options = [name for name in ("--cases", "--static") if getattr(args, name[2:])]
     for name, path in (("--out", args.out), ("--results", args.results)):
         options += [name, str(path.absolute())] if path else []
+    if args.routes:
+        if options:
+            raise UsageError(f"--routes is no page and takes no {options[0]}")
+        return _routes(args)
+    if args.gpu or args.json:
+        raise UsageError("--gpu and --json are options of --routes. Type: fastdl report --routes")
     return _in_checkout("the report", ["matplotlib"], "bench.report", options)
 
 

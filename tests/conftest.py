@@ -1,6 +1,7 @@
 """What all tests share: the device, fresh state, poisoned memory, and seconds by file."""
 
 import os
+import shutil
 import sys
 from collections import defaultdict
 
@@ -95,3 +96,17 @@ def poisoned():
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+@pytest.fixture(scope="session")
+def fake(tmp_path_factory):
+    """A folder of results: fake ones of a GPU, and the real ones that need none."""
+    from bench.report.static import FOLDER
+    from bench.store import RESULTS
+
+    import fake_results
+
+    results = tmp_path_factory.mktemp("results")
+    fake_results.write(results, ops=("linear", "layer_norm", "adamw"))
+    shutil.copytree(RESULTS / FOLDER, results / FOLDER)
+    return results

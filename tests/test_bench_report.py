@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import shutil
 import statistics
 import subprocess
 import xml.etree.ElementTree as ET
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from bench import marks as bench_marks
-from bench.report import __main__ as command, marks, pictures, read, readme, static, svg
+from bench.report import __main__ as command, marks, pictures, read, readme, static
 from bench.report.page import page
 from bench.store import RESULTS
 
@@ -23,21 +22,10 @@ from fastdl.contract import SPECS, STEPS
 from html_reader import Tables
 
 ROOT = Path(__file__).resolve().parents[1]
-FEW = ("linear", "layer_norm", "adamw")
-DRAWN = ("Against torch's fastest call", "Against torch.compile", "Roofline", "What moves bytes")
 
 
 def rendered(results):
     return page(read.machines(results), marks.of, results)
-
-
-@pytest.fixture(scope="module")
-def fake(tmp_path_factory):
-    """A folder of results: fake ones of a GPU, and the real ones that need none."""
-    results = tmp_path_factory.mktemp("results")
-    fake_results.write(results, ops=FEW)
-    shutil.copytree(RESULTS / static.FOLDER, results / static.FOLDER)
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +44,9 @@ def test_nothing_is_measured(tmp_path, capsys):
     found = Tables(rendered(tmp_path))
     words = without_styles(found)
     assert "There are no results of a GPU" in words
-    assert words.count("not measured") == 6  # marks, speed, roofline, sizes, memory, models
-    assert not found.tables
+    # speed, roofline, sizes, memory, models; and the marks, which are all that is in a table
+    assert words.count("not measured") == 5 + 1 + len(bench_marks.MARKS)
+    assert len(found.tables) == 1 and len(found.headed("mark")[0]) == 1 + len(bench_marks.MARKS)
     assert command.main(["--results", str(tmp_path)]) == 0
     assert "Nothing is measured on a GPU yet" in capsys.readouterr().out
     assert readme.filled("<!-- results:speed -->\n<!-- /results -->", []).split("\n")[2] == (
@@ -141,23 +130,32 @@ def test_several_gpus_have_a_section_each(tmp_path):
     assert max(Counter(ids).values()) == 1
 
 
-def test_marks(monkeypatch, tmp_path):
-    asked = []
-    rows = [
-        ("linear, 8192", ">= 0.9", "1.02", "met", ""),
-        ("attention", ">= 0.7", "0.61", "missed", "no <wgmma> overlap"),
-        ("models", 1.5, None, "open", "3 of 31 rows"),
-    ]
-    monkeypatch.setattr(bench_marks, "table", lambda of: asked.append(of) or rows, raising=False)
+def test_marks(tmp_path):
     fake_results.write(tmp_path, ops=("nll_loss", "linear"))
-    found = Tables(rendered(tmp_path))
-    assert found.headed("mark")[0][1:] == [
-        ["linear, 8192", ">= 0.9", "1.02", "met", ""],
-        ["attention", ">= 0.7", "0.61", "missed", "no <wgmma> overlap"],
-        ["models", "1.5", "not measured", "open", "3 of 31 rows"],
-    ]
-    assert asked == [tmp_path / "fake_gpu_9000"]
-    assert "1 met, 1 missed, 1 open" in without_styles(found)
+    path = tmp_path / "fake_gpu_9000" / "linear.json"
+    table = json.loads(path.read_text())
+    alone = table["rows"]["8192x1024x4096 none"]["passes"]["forward"]["graph"]
+    alone["over"]["torch"]["ratio"] = 0.5
+    path.write_text(json.dumps(table))
+    shown = {row[0]: row[1:] for row in Tables(rendered(tmp_path)).headed("mark")[0][1:]}
+    assert shown.keys() == {mark.what for mark in bench_marks.MARKS}
+    required, measured, verdict, _ = shown["linear: the product alone over torch's"]
+    assert required == "at least 0.92x" and "missed" in verdict
+    assert "missed by 8192x1024x4096 none (0.500x)" in measured
+    assert shown["attention: forward over cuDNN"] == ["at least 0.7x", "", "not measured", ""]
+
+
+def test_marks_of_damaged_rows(tmp_path):
+    fake_results.write(tmp_path, ops=("linear",))
+    path = tmp_path / "fake_gpu_9000" / "linear.json"
+    table = json.loads(path.read_text())
+    table["rows"] = {
+        name: {"ok": True, "passes": {"forward": {"how": 3}}} for name in table["rows"]
+    }
+    path.write_text(json.dumps(table))
+    shown = {row[0]: row[1:] for row in Tables(rendered(tmp_path)).headed("mark")[0][1:]}
+    *_, verdict, reason = shown["linear: the product alone over torch's"]
+    assert verdict == "not measured" and "rows of linear are damaged" in reason
 
 
 # what is damaged, and what is hostile
@@ -230,6 +228,19 @@ def test_what_is_damaged_is_left_out_with_a_note(fault, tmp_path):
     else:
         assert "16384x4096 is left out" in note
         assert len(norms) == len(SPECS["layer_norm"].bench) - 1 and "16384x4096" not in norms
+
+
+def test_a_model_without_times_of_eager_is_left_out(tmp_path):
+    folder = fake_results.write(tmp_path, ops=("nll_loss", "linear"))
+    path = folder / "models.json"
+    table = json.loads(path.read_text())
+    del table["rows"]["llama, training"]["python"]["eager"]["eager"]
+    path.write_text(json.dumps(table))
+    [machine] = read.machines(tmp_path)
+    assert machine.notes == [
+        "fake_gpu_9000/models.json: llama, training is left out: ValueError: no times of eager"
+    ]
+    assert len(machine.models) == 7
 
 
 def test_the_rest_is_shown_and_the_notes_with_it(tmp_path, capsys):
@@ -310,91 +321,8 @@ def test_names_are_text_and_nothing_else(tmp_path):
         assert not re.search(r"[<>`]|\]\(javascript", told)
         lines = [line for line in told.splitlines() if line.startswith("|")]
         assert {line.count("|") for line in lines} <= {7, 8}
-    for picture in drawn(machines[0]):
-        ET.fromstring(picture.file())
-
-
-# pictures
-
-
-def drawn(machine):
-    yield from filter(None, (
-        pictures.speed(machine, "a", False), pictures.speed(machine, "a", True),
-        pictures.memory(machine, "a", False), pictures.memory(machine, "a", True),
-        pictures.roofline(machine, "a"), pictures.traffic(machine, "a"),
-    ))  # fmt: skip
-    for number, curve in enumerate(pictures.curves(machine.timed)):
-        yield pictures.over_size(curve, "a", number)
-
-
-def test_pictures_have_a_dot_a_case_and_only_the_pages_colours(fake):
-    machine = read.machines(fake)[0]
-    parts = [(one, part) for one in machine.timed for part in one.passes.values()]
-    compiled = [one for one, part in parts if "compile" in part.way.over]
-    found = list(drawn(machine))
-    assert len(found) > 6
-    told = {picture.name: ET.fromstring(picture.file()).iter() for picture in found}
-    titles = {
-        name: [node.text for node in nodes if node.tag.endswith("title")]
-        for name, nodes in told.items()
-    }
-    assert sum(", quartiles " in text for text in titles["a-speed"]) == len(parts)
-    assert sum(", quartiles " in text for text in titles["a-compile"]) == len(compiled)
-    roofs = titles["a-roofline"] + titles["a-traffic"]
-    assert all("TFLOP/s" in text or "TB/s" in text for text in roofs)
-    assert len(titles["a-roofline"]) == sum(one.flops > 0 for one in machine.timed)
-    for picture in found:
-        for text, kind in ((picture.inline(), "css"), (picture.file(), "file")):
-            assert "#00000" not in text, "a colour that stands for another"
-            assert getattr(svg.INK, kind) in text
-            assert ("<text" in text and "font-family" in text) or "font:" in text
-        assert "<metadata" not in picture.inline() and "width=" not in picture.inline()[:200]
-
-
-def test_references_in_pictures_lead_somewhere(shown, fake):
-    ids = Counter(attributes["id"] for _, attributes in shown.tags if "id" in attributes)
-    assert max(ids.values()) == 1
-    text = rendered(fake)
-    used = set(re.findall(r'url\(#([^)]+)\)|(?:xlink:)?href="#([^"]+)"', text))
-    assert used and {a or b for a, b in used} <= ids.keys()
-
-
-def test_a_picture_is_the_same_twice(fake):
-    machine = read.machines(fake)[0]
-    first, second = (pictures.roofline(machine, "a") for _ in range(2))
-    assert first.inline() == second.inline()
-
-
-def test_slower_is_red_and_more_memory_too():
-    def bar(value, less):
-        ratio = read.Ratio(value, value, value)
-        return pictures.bars("x", [pictures.Dot("op", "both", ratio, "")], "", less).inline()
-
-    red = svg.WORSE.css
-    assert [red in bar(*case) for case in ((2, False), (0.5, False), (2, True), (0.5, True))] == [
-        False, True, True, False,
-    ]  # fmt: skip
-
-
-def test_curves_are_along_the_dimension_that_differs(fake):
-    machine = read.machines(fake)[0]
-    found = {(curve.what, curve.part): curve.points for curve in pictures.curves(machine.timed)}
-    widths = [size for size, _ in found["layer_norm", "forward"]]
-    assert widths == [256, 1024, 4096, 16384, 65536]
-    assert ("layer_norm backward", "both") not in found  # two sizes are no curve
-
-
-def test_a_curve_for_each_last_dimension():
-    def case(rows, heads):
-        return read.Timed(
-            "attention", f"{rows}x{heads}", "fake", "bfloat16", [f"bfloat16[{rows}, {heads}]"], [],
-            1, 1, {}, 1, 1, {}, {}, {"forward": read.Pass("forward", "graph", 1, {}, {}, {}, {})},
-        )  # fmt: skip
-
-    timed = [case(rows, heads) for heads in (64, 128) for rows in (16, 4, 8)]
-    found = list(pictures.curves(timed))
-    assert [curve.what for curve in found] == ["attention of 64", "attention of 128"]
-    assert [[size for size, _ in curve.points] for curve in found] == [[4, 8, 16]] * 2
+    command.draw(machines)
+    assert len([ET.parse(path) for path in folder.glob("*.svg")]) == 2
 
 
 # README and the terminal
@@ -448,6 +376,14 @@ def test_the_command(fake, tmp_path, capsys):
     assert re.search(r"16384x4096 backward +backward +\d+\.\d +\d\.\d\d×", capsys.readouterr().out)
 
 
+def test_what_cannot_be_read_or_written(fake, tmp_path, capsys):
+    assert command.main(["--results", str(tmp_path / "none")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert command.main(["--results", str(fake), "--out", str(tmp_path / "file/page.html")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
 # what needs no GPU
 
 
@@ -469,6 +405,7 @@ def test_each_stage_has_a_process_of_its_own(monkeypatch, tmp_path):
     ran = []
 
     def run(command, cwd, env):
+        assert command[1:3] == ["-m", "bench.report.static"] and cwd == ROOT
         ran.append((command[3], env.get("TRITON_INTERPRET")))
         return subprocess.CompletedProcess(command, 1)
 
@@ -489,54 +426,3 @@ def test_machine_code_is_a_row(monkeypatch, tmp_path):
     assert short[1][:3] == ["sgd", "sm_90", "1"] and short[1][-1] == "ok"
     assert short[1][3] == cells[machine.head.index("regs")]
     assert whole[1] == ["sgd", *cells]
-
-
-# in a browser
-
-NAMES = "chromium", "chromium-browser", "google-chrome"
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-
-# What a reader would find: widths with all folds open, pictures that take room, requests.
-ASK = """<script>
-for (const fold of document.querySelectorAll('details')) fold.open = true;
-const all = selector => [...document.querySelectorAll(selector)];
-const high = (selector, least) =>
-  all(selector).filter(x => x.getBoundingClientRect().height > least).length;
-parent.postMessage(JSON.stringify({
-  width: innerWidth, page: document.documentElement.scrollWidth,
-  requests: performance.getEntriesByType('resource').length,
-  pictures: high('figure svg', 100), texts: high('figure svg text', 4), tables: high('table', 20),
-  captions: all('figcaption').map(x => x.textContent),
-  dots: all('figure svg title').length,
-  sections: all('section h2').map(x => x.textContent) }), '*');
-</script></body>"""
-
-# A window cannot be as narrow as a phone, a frame can.
-FRAME = """<!doctype html>
-<script>onmessage = told => document.body.dataset.found = told.data</script>
-<body><iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe></body>"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="neither Chromium nor Chrome is installed")
-@pytest.mark.parametrize("width", (390, 1280))
-def test_in_a_browser(width, fake, shown, tmp_path):
-    text = rendered(fake)
-    (tmp_path / "page.html").write_text(text.replace("</body>", ASK), encoding="utf-8")
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.format(width=width))
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}/profile",
-         "--virtual-time-budget=10000", frame.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    [body] = [attributes for tag, attributes in Tables(done.stdout).tags if tag == "body"]
-    found = json.loads(body["data-found"])
-    assert found["width"] == width
-    assert found["page"] <= width, "the page scrolls sideways"
-    assert found["requests"] == 0
-    assert found["captions"][:4] == list(DRAWN)
-    assert found["pictures"] == len(found["captions"]) == text.count("<figure>") > 6
-    assert found["dots"] > 100 and found["texts"] > 50
-    assert found["tables"] == len(shown.tables)
-    assert found["sections"] == [fake_results.GPU, "Without a GPU"]

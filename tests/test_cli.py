@@ -376,6 +376,10 @@ def test_report_runs_in_the_checkout(ran, checkout):
     assert ran[1] == [*ran[0], "--cases", "--static", "--out", out, "--results", results]
 
 
+def test_routes_are_no_page(capsys):
+    assert "takes no --out" in refused(capsys, "report", "--routes", "--out", "page.html")
+
+
 @pytest.mark.parametrize("command", ("bench", "report"))
 def test_without_a_checkout(command, monkeypatch, capsys):
     monkeypatch.setattr("fastdl.cli._checkout", lambda: None)

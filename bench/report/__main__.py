@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.report import marks, pictures, read, readme, static, summary
 from bench.report.page import page
+from bench.report.results import Machine, by
 from bench.store import RESULTS, ROOT
 from fastdl.cli import show
 
@@ -15,14 +16,17 @@ FAILED = 1
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    if options.results != RESULTS and not options.results.is_dir():
+        print(f"fastdl: there is no folder {options.results}", file=sys.stderr)
+        return FAILED
     right = not options.static or static.make(options.results)
     machines = read.machines(options.results)
-    draw(machines)
-    if options.results == RESULTS:
-        path = ROOT / "README.md"
-        write(path, readme.filled(path.read_text(encoding="utf-8"), machines))
     out = options.out or options.results / "report.html"
-    write(out, page(machines, marks.of, options.results))
+    try:
+        make(machines, options.results, out)
+    except OSError as error:
+        print(f"fastdl: the page cannot be written: {error}", file=sys.stderr)
+        return FAILED
     tell(machines, options.cases)
     print(f"the page is {out}")
     return 0 if right else FAILED
@@ -42,7 +46,16 @@ def write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def draw(machines: Sequence[read.Machine]) -> None:
+def make(machines: Sequence[Machine], results: Path, out: Path) -> None:
+    """The page and README's pictures; of the checkout's own results also README's tables."""
+    draw(machines)
+    if results == RESULTS:
+        path = ROOT / "README.md"
+        write(path, readme.filled(path.read_text(encoding="utf-8"), machines))
+    write(out, page(machines, marks.of, results))
+
+
+def draw(machines: Sequence[Machine]) -> None:
     """README's pictures, in each GPU's folder."""
     for gpu in machines:
         if gpu.is_gpu:
@@ -52,7 +65,7 @@ def draw(machines: Sequence[read.Machine]) -> None:
                     write(gpu.folder / f"{name}.svg", picture.file())
 
 
-def tell(machines: Sequence[read.Machine], cases: bool) -> None:
+def tell(machines: Sequence[Machine], cases: bool) -> None:
     """On the terminal: what was measured, what failed, what is left out."""
     if not any(machine.is_gpu for machine in machines):
         print("Nothing is measured on a GPU yet. On a machine with one, type: make gpu")
@@ -62,7 +75,7 @@ def tell(machines: Sequence[read.Machine], cases: bool) -> None:
             "errors against float64, ours over torch's": summary.accuracy(machine),
         }
         if cases:
-            by_op = read.by(machine.timed, lambda one: one.op)
+            by_op = by(machine.timed, lambda one: one.op)
             tables = {op: summary.cases(same) for op, same in by_op.items()} | tables
         elif machine.timed:
             tables = {"ops": summary.speed(machine)} | tables

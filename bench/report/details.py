@@ -6,7 +6,7 @@ from html import escape
 
 from bench.marks import Verdict
 from bench.report.marks import kind
-from bench.report.read import (
+from bench.report.results import (
     COMPILED,
     OURS,
     WAYS,
@@ -119,20 +119,19 @@ def failed(machine: Machine) -> str:
 
 
 def marks(rows: Sequence[Verdict]) -> str:
-    if not rows:
-        return f"<h3>Pass marks</h3>{not_measured()}"
+    """Folded where nothing is measured: then they only say what is wanted."""
     cells = [
-        [cell(row.what, style="says"), cell(row.required), cell(row.measured or "not measured"),
+        [cell(row.what, style="says"), cell(row.required), cell(row.measured),
          cell(row.verdict, style=f"mark {kind(row)}"), cell(row.reason, style="says")]
         for row in rows
     ]  # fmt: skip
-    counts = ", ".join(
-        f"{len(same)} {verdict}" for verdict, same in by(rows, lambda row: row.verdict).items()
-    )
+    verdicts = by(rows, lambda row: row.verdict)
+    counts = ", ".join(f"{len(same)} {verdict}" for verdict, same in verdicts.items())
     head = ("mark", "required", "measured", "verdict", "reason")
+    shown = "" if verdicts.keys() == {"not measured"} else " open"
     return (
-        f'<h3>Pass marks</h3><p class="dim">{escape(counts)}</p>'
-        f'<div class="marks">{table(head, cells, "tall")}</div>'
+        f"<h3>Pass marks</h3><details{shown}><summary>{escape(counts)}</summary>"
+        f'<div class="marks">{table(head, cells, "tall")}</div></details>'
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from bench.report.details import compared, not_measured
-from bench.report.read import Machine, Model, Ratio, Stats
+from bench.report.results import Machine, Model, Ratio, Stats
 from fastdl.page import cell, error_text, table
 
 EAGER, COMPILED, CALLED, CAPTURED = "eager", "compile", "python", "graph"
@@ -42,7 +42,7 @@ def _rows(model: Model) -> Iterable[list[str]]:
             _fact(facts, "compile_s", "{:,.1f}"),
             *(cell(error_text(facts[key]) if key in facts else "-", True)
               for key in ("after", "before", "allowed")),
-            cell(model.proof), cell(model.run, style="name whole"),
+            cell(model.proof, style="whole"), cell(model.run, style="name whole"),
         ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from bench.marks import Verdict
 from bench.report import details, models, pictures, svg
 from bench.report.details import not_measured
-from bench.report.read import Errors, Machine, against, by, geometric
+from bench.report.results import Errors, Machine, against, by, geometric
 from bench.report.svg import Picture
 from bench.store import ROOT
 from fastdl.page import CSS, Scale, cell, document, error_text, table

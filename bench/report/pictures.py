@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bench.report import svg
-from bench.report.read import (
+from bench.report.results import (
     COMPILED,
     OURS,
     Against,

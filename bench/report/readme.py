@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from bench.report import summary
-from bench.report.read import Machine
+from bench.report.results import Machine
 from bench.report.summary import Table
 
 BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)

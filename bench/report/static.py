@@ -55,18 +55,12 @@ STAGES = {
 def work_off(name: str, ops: Iterable[str], results: Path) -> bool:
     """The rows that are not there, or not of this very code. Whether all are right."""
     stage = STAGES[name]
-    store = Store(results / FOLDER, name, _run())
+    store = Store(results / FOLDER, name, provenance(json.loads(fastdl.env().to_json())))
     for op in ops or stage.ops:
         if not store.done(op):
             store.put(op, stage.work(op))
             print(f"{name} {op}: {store.table['rows'][op]['says']}", flush=True)
     return all(store.done(op) for op in ops or stage.ops)
-
-
-def _run() -> Row:
-    """Provenance without paths of this machine."""
-    run = provenance(json.loads(fastdl.env().to_json()))
-    return {**run, "ptxas": run["ptxas"] and run["ptxas"].split(" (")[0]}
 
 
 def make(results: Path) -> bool:

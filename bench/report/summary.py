@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bench.report.models import CALLED, EAGER, OURS, memory
-from bench.report.read import Against, Checked, Machine, Timed, against, by, geometric, times
+from bench.report.results import Against, Checked, Machine, Timed, against, by, geometric, times
 from fastdl.contract import SPECS, STEPS
 
 NOT_MEASURED = "not measured"
