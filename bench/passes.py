@@ -22,7 +22,7 @@ class Inputs:
     """Several sets of inputs of a case, so that none is in the cache when its turn comes."""
 
     def __init__(self, case: BenchCase, machine: Host) -> None:
-        self._stream = machine.stream
+        self.stream = machine.stream
         self._makers: list[Maker] = []
         self._calls: list[partial[Any]] = []
         self._add(case, machine.device)
@@ -61,7 +61,7 @@ class Inputs:
         Autograd runs a node, that of a leaf or a view too, on the stream on which it was made, and
         a CUDA graph captures no other stream than its own.
         """
-        key = self._stream(), i
+        key = self.stream(), i
         if key not in self._here:
             self._here[key] = _as_leaves(self._calls[i])
         return self._here[key]
@@ -129,7 +129,7 @@ class Backward(Pass):
         self._kept: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
 
     def __call__(self, i: int) -> Any:
-        key = self.inputs._stream(), i
+        key = self.inputs.stream(), i
         if key not in self._kept:
             call, leaves = self.inputs.call(i)
             self._kept[key] = floats(self.form(*call.args, **call.keywords)), leaves

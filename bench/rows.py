@@ -132,6 +132,7 @@ def timed(prepared: Prepared, machine: Host, rounds: int, warm_s: float) -> Time
 
     us = look(prepared.calls["fused"])
     _leave_out_slow(prepared, look, machine)
+    prepared.forget()
     calls = min(sets * max(1, math.ceil(GRAPH_US / (us * sets))), max(MOST_CALLS, sets))
     graphs, no_graph = _captured(prepared, machine, sets, calls)
     found = {}
