@@ -226,7 +226,7 @@ def test_the_suite_on_a_gpu(tmp_path):
     said = done.stdout + done.stderr
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, said
     # layer_norm is wrong on this GPU: none of its tests is timed
-    assert "4 failed, 13 passed" in said and "off by 2.00e+00" in said
+    assert "5 failed, 13 passed" in said and "off by 2.00e+00" in said
     assert "linear, small linear, forward: 2.000x torch" in said
     assert "2 in the new run only:\n  softmax, small softmax, both" in said
     by_group = {entry["group"] for entry in found}

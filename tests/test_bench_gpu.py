@@ -297,6 +297,7 @@ def test_the_sanitizers_word():
     assert not found["ok"] and "no such op" in found["says"] and "missing" not in found
 
 
+@pytest.mark.slow
 def test_what_runs_under_the_sanitizer(monkeypatch, tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text('#!/bin/sh\nwhile [ "$1" != "3" ]; do shift; done; shift; exec "$@"\n')
