@@ -36,7 +36,7 @@ def run_stage(
     before come last. A row may leave its process unfit for others: SPENT, if there are any.
     """
     until = clock() + 60 * context.options.minutes
-    code, undone, missing = 0, 0, 0
+    code, undone = 0, 0
     again, (part, parts) = context.options.again, context.options.part
     mine = [row for i, row in enumerate(STAGES[stage].rows(context)) if i % parts == part]
     left = [row for row in mine if again or not store.done(row[0])]
@@ -49,7 +49,6 @@ def run_stage(
             store.put(name, {"ok": False, "says": "begun, and not finished"})
         row = guarded(work, context.machine)
         store.put(name, row)
-        missing += "missing" in row
         code = code if row["ok"] or "missing" in row else FAILED
         print(f"{stage}  {name}: {row['says']}  ({max(until - clock(), 0):.0f} s left)", flush=True)
         if row.get("fatal"):
@@ -59,7 +58,7 @@ def run_stage(
             return SPENT
     if undone:
         print(f"{stage}: no time for {undone} more; run it again to go on", flush=True)
-    return code or (UNFINISHED if undone or missing else 0)
+    return code or (UNFINISHED if undone else 0)
 
 
 def guarded(work: Work, machine: Host) -> Row:

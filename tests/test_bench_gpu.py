@@ -358,8 +358,8 @@ def drive(folder, *options, names=DRIVEN):
 
 
 def test_all_of_it_on_a_machine_of_straw(straw, capsys):
-    # the sanitizer is not installed: not finished, and nothing failed
-    assert drive(straw) == gpu.UNFINISHED
+    # the sanitizer is not installed, which is no fault of the ops
+    assert drive(straw) == 0
     said = capsys.readouterr().out
     tables = {path.stem: json.loads(path.read_text()) for path in straw.glob("*.json")}
     assert tables.keys() == set(DRIVEN)
@@ -372,7 +372,7 @@ def test_all_of_it_on_a_machine_of_straw(straw, capsys):
     assert [*tables["layer_norm"]["rows"]["6x24 backward"]["passes"]] == ["both", "backward"]
     assert "of the roof" in said and "not run: it is not installed" in said
     # a second time there is nothing to do, but to try the sanitizer
-    assert drive(straw) == gpu.UNFINISHED
+    assert drive(straw) == 0
     again = capsys.readouterr().out
     assert [line for line in again.splitlines() if " s left)" in line] == [
         line for line in again.splitlines() if line.startswith("sanitizer  layer_norm: not run")
