@@ -132,10 +132,11 @@ def tune_stage(context: Context) -> Iterator[tuple[str, Work]]:
         path = packaged_file(context.machine.name)
         show = partial(print, flush=True)
         seconds = 60 * context.options.minutes / share
-        report = fastdl.tune(op, budget_s=seconds, path=path, progress=show)
+        again = context.options.again
+        report = fastdl.tune(op, budget_s=seconds, path=path, again=again, progress=show)
         table = json.loads(path.read_text()) if path.exists() else {}
         says = f"{len(report.rows)} entries in {path.name}, {len(report.skipped)} skipped"
-        return {"ok": bool(report.rows), "says": says, "table": table, "skipped": report.skipped}
+        return {"ok": report.ok, "says": says, "table": table, "skipped": report.skipped}
 
     norms = ("layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward")
     ops = ("linear", "conv", "attention", *norms)
