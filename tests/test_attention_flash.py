@@ -128,6 +128,13 @@ def test_a_table_decides_each_pass(monkeypatch):
             torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2, msg=key)
 
 
+def test_the_gradient_of_the_logsumexp_is_ours(sent):
+    qkv = inputs()
+    o, lse = FF.scaled_dot_product_attention(*qkv, return_lse=True)
+    gradients = partial(torch.autograd.grad, (o.sum(), lse.sum()), qkv)
+    assert "attention_dq" in str(fastdl.explain(gradients)) and sent == ["forward"]
+
+
 def test_statistics_are_in_base_2():
     q, k, v = (x.detach() for x in inputs(dtype=torch.float16))
     given = attention.Given(
