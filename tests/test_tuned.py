@@ -314,6 +314,19 @@ def test_attention_goes_to_torch_by_more_than_noise(op):
         assert row.entry["variant"] == winner and row.entry["margin"]["ratio"] < 1
 
 
+def test_what_is_measured_as_torch_is_what_would_run():
+    said = []
+
+    def timer(calls, rounds):
+        said.extend(str(fastdl.explain(calls[name])) for name in calls if name == "torch")
+        return by_name(30.0)(calls, rounds)
+
+    solved([problem(), problem("layer_norm_backward", sizes=(40,))], timer)
+    replaced, kept = said
+    assert "linear (device): torch, because torch measured faster here" in replaced
+    assert kept == "no fastdl op ran"  # torch cannot take over this pass
+
+
 def test_wrong_configurations_do_not_win(monkeypatch):
     tried = problem()
     right = tried.fused()

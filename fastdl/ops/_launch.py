@@ -210,10 +210,11 @@ def _settle_key(fn: Any) -> None:
     """Compute the key of a kernel in Triton's disk cache, those of the functions that it calls
     first: it depends on which of them have one by then, and would miss in the next process.
     """
-    if getattr(fn, "hash", None) is not None:
+    function = getattr(fn, "fn", None)
+    if function is None or fn.hash is not None:
         return
-    names = fn.fn.__code__.co_names
-    used = [fn.__globals__[name] for name in names if name in fn.__globals__]
+    names = function.__code__.co_names
+    used = [function.__globals__[name] for name in names if name in function.__globals__]
     modules = [value for value in used if isinstance(value, ModuleType)]
     used += [getattr(module, name, None) for module in modules for name in names]
     for value in used:
