@@ -119,10 +119,11 @@ def tune_rows(context: Context) -> Rows:
 
     def work(op: str, share: int) -> Row:
         seconds = 60 * context.options.minutes / share
-        report = fastdl.tune(op, budget_s=seconds, path=path, progress=partial(print, flush=True))
+        options = {"again": context.options.again, "progress": partial(print, flush=True)}
+        report = fastdl.tune(op, budget_s=seconds, path=path, **options)
         table = json.loads(path.read_text()) if path.exists() else {}
         says = f"{len(report.rows)} entries in {path.name}, {len(report.skipped)} skipped"
-        return {"ok": bool(report.rows), "says": says, "table": table, "skipped": report.skipped}
+        return {"ok": report.ok, "says": says, "table": table, "skipped": report.skipped}
 
     passes = {one for of_op in PASSES.values() for one in of_op}
     ops = [op for op in DEFAULTS if op in PASSES or op not in passes]

@@ -28,6 +28,7 @@ ENTRY = {
     "variant": "tiles",
     "splits": 2,
 }
+HALF = torch.bfloat16, (128, 16)
 MARGIN = {"ratio": 1.2, "low": 1.15, "high": 1.3}
 KEY, SIZES = "linear/bfloat16/16x64x128", (16, 50, 100)
 
@@ -293,6 +294,37 @@ def test_torch_wins_where_it_may():
     for op, sizes, variant in (("layer_norm_backward", (40,), "rows"), ("attention", (2, 16), "")):
         (row,), _ = solved([problem(op, sizes=sizes)], by_name(5.0, c1=10.0))
         assert row.entry["variant"] == variant
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_backward"])
+def test_attention_goes_to_torch_by_more_than_noise(op):
+    """Of many rows: what is measured is the very call that would run."""
+
+    def measure(noise):
+        def timer(calls, rounds):
+            for call in calls.values():
+                call()
+            torchs = [9.0, 9.5, 9.8, 10.0 + noise] * 4
+            return {n: torchs if n == "torch" else [10.0] * 16 for n in calls}
+
+        return timer
+
+    for noise, winner in ((-0.1, "torch"), (2.0, shortlist(op, *HALF, HERE)[0].variant)):
+        (row,), _ = solved([problem(op, sizes=(128, 16))], measure(noise))
+        assert row.entry["variant"] == winner and row.entry["margin"]["ratio"] < 1
+
+
+def test_what_is_measured_as_torch_is_what_would_run():
+    said = []
+
+    def timer(calls, rounds):
+        said.extend(str(fastdl.explain(calls[name])) for name in calls if name == "torch")
+        return by_name(30.0)(calls, rounds)
+
+    solved([problem(), problem("layer_norm_backward", sizes=(40,))], timer)
+    replaced, kept = said
+    assert "linear (device): torch, because torch measured faster here" in replaced
+    assert kept == "no fastdl op ran"  # torch cannot take over this pass
 
 
 def test_wrong_configurations_do_not_win(monkeypatch):

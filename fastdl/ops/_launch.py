@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -198,7 +199,28 @@ class Kernel:
 
     @functools.cached_property
     def fn(self) -> Any:
-        return getattr(importlib.import_module(f"..kernels.{self.module}", __package__), self.name)
+        module = importlib.import_module(f"..kernels.{self.module}", __package__)
+        fn = getattr(module, self.name)
+        if not INTERPRETED:
+            _settle_key(fn)
+        return fn
+
+
+def _settle_key(fn: Any) -> None:
+    """Compute the key of a kernel in Triton's disk cache, those of the functions that it calls
+    first: it depends on which of them have one by then, and would miss in the next process.
+    """
+    function = getattr(fn, "fn", None)
+    if function is None or fn.hash is not None:
+        return
+    names = function.__code__.co_names
+    used = [function.__globals__[name] for name in names if name in function.__globals__]
+    modules = [value for value in used if isinstance(value, ModuleType)]
+    used += [getattr(module, name, None) for module in modules for name in names]
+    for value in used:
+        if hasattr(type(value), "cache_key") and value is not fn:
+            _settle_key(value)
+    fn.cache_key  # noqa: B018 (it is computed and kept)
 
 
 def launch(

@@ -7,13 +7,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
 from ..ops import _launch
 from ..ops._launch import Config, Device, Launch
+from ..ops._route import policy
 from ..targets.binary import Facts
 from ..targets.pool import Pool, WorkerError, pool
 from ..targets.record import Specialisation, specialisation
@@ -35,25 +36,35 @@ def compiled(
         yield ahead.offer
 
 
+class Plan(NamedTuple):
+    """What is compiled for a problem: before candidates are tried, and for each of them."""
+
+    before: list[Specialisation]
+    candidates: list[tuple[Config, list[Specialisation]]]
+
+
 class _Ahead:
     def __init__(self, workers: Pool, wanted: Sequence[Asked], device: Device) -> None:
         self.workers, self.wanted, self.device = workers, list(wanted), device
         self.jobs: dict[Specialisation, Future[Facts]] = {}
-        self.plans: dict[Asked, list[tuple[Config, list[Specialisation]]]] = {}
+        self.plans: dict[Asked, Plan] = {}
 
     def offer(self, asked: Asked) -> Offer:
         place = self.wanted.index(asked)
         for one in self.wanted[place : place + 1 + NEXT]:
             if one not in self.plans:
                 self.plans[one] = launches_of(one, self.device)
-                for spec in (spec for _, specs in self.plans[one] for spec in specs):
-                    if spec not in self.jobs:
-                        self.jobs[spec] = self.workers.start(_facts, (spec, self.device))
+                self._start(self.plans[one])
         facts = [
             (config, [self.jobs[spec].result() for spec in specs])
-            for config, specs in self.plans[asked]
+            for config, specs in self.plans[asked].candidates
         ]
         return sifted(facts, self.device)
+
+    def _start(self, plan: "Plan") -> None:
+        for spec in (*plan.before, *(spec for _, specs in plan.candidates for spec in specs)):
+            if spec not in self.jobs:
+                self.jobs[spec] = self.workers.start(_facts, (spec, self.device))
 
 
 def _facts(workers: Pool, job: tuple[Specialisation, Device]) -> Facts:
@@ -66,9 +77,9 @@ def _facts(workers: Pool, job: tuple[Specialisation, Device]) -> Facts:
         return Facts(error=str(error))
 
 
-def launches_of(asked: Asked, device: Device) -> list[tuple[Config, list[Specialisation]]]:
-    """The candidates, and what a launch with each of them compiles, without those that do not apply
-    to these strides or this GPU. Two that launch the same are one.
+def launches_of(asked: Asked, device: Device) -> Plan:
+    """What a launch with each of the candidates compiles, without those that do not apply to these
+    strides or this GPU. Two that launch the same are one.
     """
     found: dict[Any, tuple[Config, list[Specialisation]]] = {}
     with (
@@ -77,7 +88,9 @@ def launches_of(asked: Asked, device: Device) -> list[tuple[Config, list[Special
         _launch.recording(device) as launches,
     ):
         problem = PROBLEMS[asked.op](asked.dtype, asked.sizes, "meta")
-        making = [specialisation(asked.op, launch) for launch in launches]
+        with policy("fused", on_fallback="error"):
+            problem.fused()  # some run forward when they are first called
+        before = [specialisation(asked.op, launch) for launch in launches]
         for config in shortlist(*asked, device):
             launches.clear()
             with forced(asked, config):
@@ -86,8 +99,8 @@ def launches_of(asked: Asked, device: Device) -> list[tuple[Config, list[Special
                 continue
             specs = [specialisation(asked.op, launch) for launch in launches]
             grids = [launch.grid for launch in launches]
-            found.setdefault((*specs, *grids), (config, list(dict.fromkeys([*making, *specs]))))
-    return list(found.values())
+            found.setdefault((*specs, *grids), (config, list(dict.fromkeys(specs))))
+    return Plan(list(dict.fromkeys(before)), list(found.values()))
 
 
 def _is_launched(config: Config, launch: Launch) -> bool:
