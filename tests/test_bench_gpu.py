@@ -1,6 +1,8 @@
 """`make gpu` without a GPU: its stages, how they resume, and all of it on a machine of straw."""
 
 import argparse
+import contextlib
+import importlib
 import json
 import multiprocessing
 import shutil
@@ -20,6 +22,7 @@ from bench.store import Store, code_digest, provenance
 import fastdl
 import fastdl.functional as FF
 from fastdl.contract import SPECS, BenchCase, Case
+from fastdl.tuned import device_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -311,8 +314,33 @@ def test_what_runs_under_the_sanitizer(monkeypatch, tmp_path):
 
 NORM = BenchCase("6x24", lambda t: partial(FF.layer_norm, t(6, 24), (24,), t(24)), 600, 600)
 BOTH = replace(NORM, name="6x24 backward", backward=True)
-DRIVEN = ("check", "exact", "far", "graphs", "streams", "sanitizer", "ceilings", "layer_norm",
-          "models")  # fmt: skip
+DRIVEN = ("check", "exact", "far", "graphs", "streams", "sanitizer", "ceilings", "tune",
+          "layer_norm", "models")  # fmt: skip
+
+
+def tuning_on_straw(monkeypatch, folder):
+    """Tuning of one op, whose candidates the interpreter runs, each faster than torch."""
+    tune, search = (importlib.import_module(f"fastdl.tuned.{name}") for name in ("tune", "search"))
+    choose = importlib.import_module("fastdl.tuned.choose")
+    here = device_of(torch.empty(0))
+
+    def timer(calls, rounds):
+        for call in calls.values():
+            call()
+        return {name: [30.0 if name == "torch" else 10.0] * rounds for name in calls}
+
+    def offer(asked):
+        return search.Offer(choose.shortlist(*asked, here)[:2])
+
+    for module in (tune, stages):
+        monkeypatch.setattr(module, "DEFAULTS", {"layer_norm": [(24,)]})
+    monkeypatch.setattr(stages, "PASSES", {})
+    monkeypatch.setattr(tune, "this_gpu", lambda: here)
+    monkeypatch.setattr(tune, "offers_for", lambda *given: contextlib.nullcontext(offer))
+    monkeypatch.setattr(tune, "events", timer)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(search, "DEVICE", "cpu")
+    monkeypatch.setattr(stages, "packaged_file", lambda name: folder / "table.json")
 
 
 @pytest.fixture
@@ -344,6 +372,7 @@ def straw(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "measure", partial(measure, dtype=torch.float32, **quick))
     monkeypatch.setattr(rows, "measure", partial(rows.measure, **quick))
     monkeypatch.setattr(rows, "ceilings", partial(rows.ceilings, size=64, copy_bytes=1 << 16))
+    tuning_on_straw(monkeypatch, tmp_path)
     monkeypatch.setattr(gpu, "machine", Straw)
     monkeypatch.setattr(gpu, "better_ptxas", dict)
     children = types.SimpleNamespace(run=child, TimeoutExpired=subprocess.TimeoutExpired)
@@ -370,6 +399,10 @@ def test_all_of_it_on_a_machine_of_straw(straw, capsys):
         assert good and all(good) == (name != "sanitizer"), table["rows"]
     assert tables["layer_norm"]["rows"].keys() == {"6x24", "6x24 backward"}
     assert [*tables["layer_norm"]["rows"]["6x24 backward"]["passes"]] == ["both", "backward"]
+    entries = tables["tune"]["rows"]["layer_norm"]["table"]["entries"]
+    assert entries["layer_norm/bfloat16/32"]["margin"]["ratio"] == 3
+    (run,) = tables["layer_norm"]["runs"].values()
+    assert run["tuned"]  # the table that was there when it was timed
     assert "of the roof" in said and "not run: it is not installed" in said
     # a second time there is nothing to do, but to try the sanitizer
     assert drive(straw) == 0
