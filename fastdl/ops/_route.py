@@ -6,7 +6,9 @@ measurements are known.
 """
 
 import contextlib
+import ctypes
 import enum
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -76,7 +78,7 @@ class _State(threading.local):
 
 
 _state = _State()
-_TLS_KEY = "fastdl_policy"
+_TLS_KEY, _PROBE_KEY = "fastdl_policy", "fastdl_probe"
 
 
 class Decision(NamedTuple):
@@ -107,9 +109,31 @@ def _checked(mode: Mode, on_fallback: OnFallback) -> Policy:
     return Policy(mode, on_fallback)
 
 
+def _takes_no_reference() -> bool:
+    """Whether torch keeps an object for a thread without a reference of its own, and drops one in
+    the end: some versions do, and free what others still use.
+    """
+    probe = Policy()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls(_PROBE_KEY, probe)
+    taken = sys.getrefcount(probe) > before
+    if not taken:
+        _add_reference(probe)
+    return not taken
+
+
+def _add_reference(policy: Policy) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(policy))
+
+
+_NO_REFERENCE = _takes_no_reference()
+
+
 def _install(policy: Policy) -> None:
     _state.policy = policy
     torch._C._stash_obj_in_tls(_TLS_KEY, policy)
+    if _NO_REFERENCE:
+        _add_reference(policy)
 
 
 def set_policy(mode: Mode = "auto", on_fallback: OnFallback = "silent") -> None:
