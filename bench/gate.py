@@ -19,9 +19,12 @@ FLOOR = 0.02
 
 WORSE, UNUSABLE = 1, 2
 
+# Ours among the contenders of whole models, and what they are compared with.
+MODELS = (("modules", "eager"), ("graph", "eager"), ("then compile", "compile"))
+
 
 class Key(NamedTuple):
-    """Of one ratio: an op's case in one pass, on one GPU."""
+    """Of one ratio: an op's case in one pass, or a model as one contender, on one GPU."""
 
     gpu: str
     op: str
@@ -170,6 +173,12 @@ def _of_stage(file: Path, table: Mapping[str, Any]) -> Iterator[tuple[Key, Ratio
                 Key(gpus[row["run"]], file.stem, case, what),
                 Ratio(of["ratio"], of["low"], of["high"], way["baseline"], found["how"]),
             )
+        # of whole models: as called from Python, which is what a user waits for
+        for name, over in MODELS if file.stem == "models" else ():
+            of = row.get("python", {}).get(over, {}).get(name)
+            if of is not None:
+                ratio = Ratio(of["ratio"], of["low"], of["high"], over, "python")
+                yield Key(gpus[row["run"]], "models", case, name), ratio
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -105,6 +105,27 @@ def test_a_graph_is_not_compared_with_calls_from_python():
     assert "nothing was compared" in str(found)
 
 
+def models(folder, modules, both):
+    """A row of a whole model with these ratios to eager, and to torch.compile."""
+    of = {"low": modules - 0.01, "high": modules + 0.01, "ratio": modules}
+    compiled = {"low": both - 0.01, "high": both + 0.01, "ratio": both}
+    timed = {
+        "eager": {"modules": of, "then compile": compiled},
+        "compile": {"then compile": compiled},
+    }
+    store = Store(folder, "models", {"devices": [{"name": H200}]})
+    store.put("gpt2, training", {"ok": True, "says": "", "python": timed})
+    store.put("t5, training", {"ok": False, "says": "not measured: x is not installed"})
+    return store.path
+
+
+def test_whole_models_are_compared(tmp_path):
+    old, new = models(tmp_path / "old", 2.0, 1.2), models(tmp_path / "new", 1.5, 1.3)
+    found = gate.compare(old, new)
+    assert found.compared == 2 and not found.ok
+    assert [str(key) for key in found.worse] == ["models, gpt2, training, modules"]
+
+
 def test_another_gpu_is_refused():
     other = {key(gpu="NVIDIA H100"): ratio(3.0)}
     with pytest.raises(GateError, match=r"old run is of NVIDIA H100, the new one of NVIDIA H200"):

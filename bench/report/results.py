@@ -6,22 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.interleave import Stats
 from bench.report.static import FOLDER as STATIC
 
 # Ways of calling: captured in a CUDA graph, or from Python with its launches.
 WAYS = ("graph", "python")
 PASSES = ("forward", "backward", "both", "step")
 OURS, COMPILED = "fused", "compile"
-
-
-class Stats(NamedTuple):
-    """Of a contender: the median time, and the baseline's time over its own by round."""
-
-    us: float
-    ratio: float
-    low: float
-    high: float
-    drift: float
 
 
 class Ratio(NamedTuple):
