@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from bench.exact_attention import attention_cases, check_attention
 from bench.exact_conv import check_conv, conv_cases
 from bench.machine import Host
 from bench.store import Row
-from fastdl.contract import SPECS, STEPS
+from fastdl.contract import SPECS, STEPS, Case, Spec
 from fastdl.contract.case import DTYPES
 from fastdl.contract.checks import CHECKS
 from fastdl.tuned import Device, device_of, packaged_file
@@ -85,20 +85,30 @@ def far_rows(context: Context) -> Rows:
         yield name, partial(far.check, case, context.machine, far.ELEMENTS)
 
 
-def core_rows(check: Callable[..., Row]) -> Callable[[Context], Rows]:
-    """A row for each of the few cases that stand for an op."""
-
-    def stage(context: Context) -> Rows:
-        for op, spec in SPECS.items():
-            for case in spec.core:
-                yield f"{op}, {case.name}", partial(check, op, case, context.machine)
-
-    return stage
+def core_cases() -> Iterator[tuple[str, Spec, Case]]:
+    """The few cases that stand for each op."""
+    for op, spec in SPECS.items():
+        for case in spec.core:
+            yield f"{op}, {case.name}", spec, case
 
 
-def inductor(op: str, case: Any, machine: Host) -> Row:
-    CHECKS["inductor"].function(SPECS[op], case, machine.device)
-    return {"ok": True, "says": "compiled, and the same"}
+def graph_rows(context: Context) -> Rows:
+    for name, _, case in core_cases():
+        yield name, partial(streams.check_graph, case, context.machine)
+
+
+def stream_rows(context: Context) -> Rows:
+    for name, _, case in core_cases():
+        yield name, partial(streams.check_streams, case, context.machine)
+
+
+def inductor_rows(context: Context) -> Rows:
+    def work(spec: Spec, case: Case) -> Row:
+        CHECKS["inductor"].function(spec, case, context.machine.device)
+        return {"ok": True, "says": "compiled, and the same"}
+
+    for name, spec, case in core_cases():
+        yield name, partial(work, spec, case)
 
 
 def sanitizer_rows(context: Context) -> Rows:
@@ -162,9 +172,9 @@ STAGES = {
     "exact": Stage(exact_rows, "every launch configuration of products and attention, bit by bit",
                    True),
     "far": Stage(far_rows, "tensors of more than 2**31 elements"),
-    "graphs": Stage(core_rows(streams.check_graph), "CUDA graphs, replayed on other inputs", True),
-    "streams": Stage(core_rows(streams.check_streams), "several streams at once"),
-    "inductor": Stage(core_rows(inductor), "torch.compile with inductor, both passes", True),
+    "graphs": Stage(graph_rows, "CUDA graphs, replayed on other inputs", True),
+    "streams": Stage(stream_rows, "several streams at once"),
+    "inductor": Stage(inductor_rows, "torch.compile with inductor, both passes", True),
     "sanitizer": Stage(sanitizer_rows, "compute-sanitizer's memcheck, where it runs", True),
     "ceilings": Stage(ceilings_rows, "what the GPU does at best"),
     "tune": Stage(tune_rows, "launch configurations for the table that ships"),
@@ -178,7 +188,5 @@ TIMED = (*SPECS, *STEPS, "models")
 
 def table_digest(name: str) -> str | None:
     """Of the tuned table that comes with fastdl: timings depend on it."""
-    from hashlib import sha256
-
-    path: Path = packaged_file(name)
+    path = packaged_file(name)
     return sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None

@@ -43,7 +43,7 @@ class Pass:
         return [x.detach() for x in tensors((self.call.args, self.call.keywords))]
 
 
-def check_graph(op: str, case: Case, machine: Host) -> Row:
+def check_graph(case: Case, machine: Host) -> Row:
     """Captured on some inputs, replayed on others, and again: as a plain call on those, with the
     same random numbers.
     """
@@ -67,7 +67,7 @@ def check_graph(op: str, case: Case, machine: Host) -> Row:
     return {"ok": True, "says": "replayed twice on other inputs"}
 
 
-def check_streams(op: str, case: Case, machine: Host) -> Row:
+def check_streams(case: Case, machine: Host) -> Row:
     """On several streams in turn, while none is waited for and memory goes back and forth."""
     passes = [Pass(case, machine.device, seed) for seed in range(STREAMS)]
     seeded = [partial(_seeded, one, seed) for seed, one in enumerate(passes)]

@@ -263,20 +263,20 @@ class Stale(Host):
 
 
 def test_graphs_see_other_inputs():
-    assert streams.check_graph("linear", the_core("linear"), Host())["ok"]
-    found = streams.check_graph("linear", the_core("linear"), Stale())
+    assert streams.check_graph(the_core("linear"), Host())["ok"]
+    found = streams.check_graph(the_core("linear"), Stale())
     assert not found["ok"] and "replayed on other inputs" in found["says"]
 
 
 def test_graphs_draw_anew():
     dropout = Case("dropout", "", lambda t: partial(FF.dropout, t(64), p=0.5))
-    assert streams.check_graph("activation", dropout, Host())["ok"]
-    assert not streams.check_graph("activation", dropout, Stale())["ok"]
+    assert streams.check_graph(dropout, Host())["ok"]
+    assert not streams.check_graph(dropout, Stale())["ok"]
 
 
 def test_streams_do_not_mix(monkeypatch):
     monkeypatch.setattr(streams, "ROUNDS", 2)
-    assert streams.check_streams("linear", the_core("linear"), Host())["ok"]
+    assert streams.check_streams(the_core("linear"), Host())["ok"]
     calls = []
     plain = streams.Pass.__call__
 
@@ -285,7 +285,7 @@ def test_streams_do_not_mix(monkeypatch):
         return [y + (len(calls) > 7) for y in plain(self)]
 
     monkeypatch.setattr(streams.Pass, "__call__", spoiled)
-    found = streams.check_streams("linear", the_core("linear"), Host())
+    found = streams.check_streams(the_core("linear"), Host())
     assert not found["ok"] and "tensor 0" in found["says"]
 
 
