@@ -5,7 +5,6 @@ Each at two sizes: a small one for tests, and one that keeps a GPU busy for mill
 
 import importlib
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -64,12 +63,6 @@ def _library(name: str) -> Any:
         if error.name != name:
             raise
         raise MissingLibrary(name) from None
-
-
-def loaded() -> dict[str, str]:
-    """Versions of the libraries in use."""
-    names = ("transformers", "diffusers")
-    return {name: sys.modules[name].__version__ for name in names if sys.modules.get(name)}
 
 
 def tokens(*shape: int, words: int = WORDS) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdl
-from bench.families import Family, MissingLibrary, Size, loaded
+from bench.families import Family, MissingLibrary, Size
 from bench.interleave import host_timer, interleave, summarize
 from bench.machine import Host
 from bench.model_lines import line
@@ -199,7 +199,7 @@ def measure(
     row |= {
         "ok": not any(name in refused for name in OURS), "training": case.training, "proof": how,
         "dtype": str(dtype).removeprefix("torch."), "refused": refused,
-        "contenders": {name: one.facts for name, one in ready.items()}, "libraries": loaded(),
+        "contenders": {name: one.facts for name, one in ready.items()},
         "shapes": shapes_of(step.inputs), "seeds": [SEED],
         "parameters": sum(p.numel() for p in step.parameters()),
     }  # fmt: skip

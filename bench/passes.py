@@ -63,7 +63,7 @@ class Inputs:
         """
         key = self.stream(), i
         if key not in self._here:
-            self._here[key] = _as_leaves(self._calls[i])
+            self._here[key] = as_leaves(self._calls[i])
         return self._here[key]
 
     def upstream(self, i: int) -> list[Tensor]:
@@ -83,7 +83,8 @@ def shapes_of(values: Any) -> list[str]:
     return [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors(values)]
 
 
-def _as_leaves(call: "partial[Any]") -> "tuple[partial[Any], list[Tensor]]":
+def as_leaves(call: "partial[Any]") -> "tuple[partial[Any], list[Tensor]]":
+    """The call on leaves in the same memory, and those that have gradients."""
     found: dict[int, Tensor] = {}
 
     def leaf(x: Any) -> Any:

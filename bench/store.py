@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -75,14 +76,23 @@ def write(path: Path, table: dict[str, Any]) -> None:
 
 def provenance(environment: dict[str, Any]) -> dict[str, Any]:
     """What rows of one run have in common: versions, device, ptxas, and the code."""
-    keep = ("versions", "devices", "interpreted")
     return {
-        **{key: environment[key] for key in keep},
+        "versions": {**environment["versions"], **libraries()},
+        **{key: environment[key] for key in ("devices", "interpreted")},
         # its version, without where it lies
         "ptxas": environment["ptxas"] and environment["ptxas"].split(" (")[0],
         "commit": commit(),
         "code": code_digest(),
     }
+
+
+def libraries() -> dict[str, str]:
+    """Versions of those that are here: they bring models, or are timed beside us."""
+    found = {}
+    for name in ("transformers", "diffusers", "liger-kernel", "flash-attn", "quack-kernels"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def commit() -> str | None:

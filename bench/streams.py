@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastdl
 from bench.machine import Host
+from bench.passes import as_leaves
 from bench.store import Row
 from fastdl.contract import Case, Maker
 from fastdl.contract.evaluate import cotangents, floats, tensors
@@ -24,23 +25,23 @@ class Pass:
 
     def __init__(self, case: Case, device: str, seed: int = 0) -> None:
         self.maker = Maker(device=device, seed=seed)
-        self.call = case.make(self.maker)
+        self.given = case.make(self.maker)
         # made once, outside of a graph
         self.upstream: Tensors | None = None
 
     def __call__(self) -> Tensors:
+        # made here, because autograd goes back on the stream on which a leaf was made
+        call, leaves = as_leaves(self.given)
         with fastdl.policy("fused", on_fallback="error"):
-            outputs = floats(self.call())
+            outputs = floats(call())
             if self.upstream is None:
                 self.upstream = cotangents(self.maker, outputs)
-            found = torch.autograd.grad(
-                outputs, self.maker.leaves, self.upstream, allow_unused=True
-            )
+            found = torch.autograd.grad(outputs, leaves, self.upstream, allow_unused=True)
         return [y.detach() for y in outputs] + [g for g in found if g is not None]
 
     @property
     def inputs(self) -> Tensors:
-        return [x.detach() for x in tensors((self.call.args, self.call.keywords))]
+        return [x.detach() for x in tensors((self.given.args, self.given.keywords))]
 
 
 def check_graph(case: Case, machine: Host) -> Row:
