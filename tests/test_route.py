@@ -1,5 +1,7 @@
 """Who computes an op, and how a user learns and decides it."""
 
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -130,3 +132,30 @@ def test_threads_share_the_interpreter(device):
         thread.join()
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+# torch 2.11 keeps an object for a thread without a reference of its own, and drops one in the end
+CARELESS = """
+import ctypes, torch
+
+kept = {}
+
+def stash(key, thing):
+    before, kept[key] = kept.get(key), id(thing)
+    if before is not None:
+        ctypes.pythonapi.Py_DecRef(ctypes.c_void_p(before))
+
+ctypes.pythonapi.Py_DecRef.argtypes = [ctypes.c_void_p]
+torch._C._stash_obj_in_tls = stash
+import fastdl
+
+for _ in range(3000):
+    with fastdl.policy("definition"):
+        made = [fastdl.policy(on_fallback="warn")]
+print("alive")
+"""
+
+
+def test_a_policy_outlives_a_torch_that_keeps_no_reference():
+    done = subprocess.run([sys.executable, "-c", CARELESS], capture_output=True, text=True)
+    assert done.stdout == "alive\n", done.stderr
