@@ -38,7 +38,9 @@ class Form(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The rows of a head, `stride` apart. Where there is a table, in pages that it names."""
+    """The rows of a head, `stride` apart. Where table_ptr is a pointer, in pages that it names: a
+    function cannot return None in a tuple.
+    """
 
     ptr: tl.tensor
     stride: tl.tensor
@@ -113,7 +115,7 @@ def head_of(ptr, b, head, start, b_stride, h_stride, s_stride, cu_ptr, STEP: tl.
 def source_of(ptr, b, head, start, b_stride, h_stride, s_stride, cu_ptr, STEP: tl.constexpr):
     """The rows of a head of sequence b."""
     first = head_of(ptr, b, head, start, b_stride, h_stride, s_stride, cu_ptr, STEP)
-    return Source(first, s_stride * STEP, None, 0, 1)
+    return Source(first, s_stride * STEP, tl.cast(0, tl.int32), 0, 1)
 
 
 @triton.jit
@@ -153,7 +155,7 @@ def load_tile(ptrs, keep, DIM: tl.constexpr, BLOCK: tl.constexpr):
 def load_rows(src, start, n, keep, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Rows start + n. Columns past DIM are 0, and rows not kept where MASKED."""
     d = tl.arange(0, BLOCK)
-    if src.table_ptr is None:
+    if not src.table_ptr.dtype.is_ptr():
         offsets = n.to(tl.int64) * src.stride
         ptrs = src.ptr + tl.cast(start, tl.int64) * src.stride + offsets[:, None] + d[None, :]
     else:
@@ -170,9 +172,10 @@ def load_rows(src, start, n, keep, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKE
     return found
 
 
-@triton.jit
-def is_boolean(form):
-    return False if form.mask_ptr is None else form.mask_ptr.dtype.element_ty == tl.int1
+@triton.constexpr_function
+def is_boolean(mask_ptr):
+    """Known when a kernel is compiled: what a jit function returns is not, in every Triton."""
+    return mask_ptr is not None and mask_ptr.dtype.element_ty == tl.int1
 
 
 @triton.jit
@@ -189,7 +192,7 @@ def load_mask(form, j, n_k):
     given = 0.0
     if form.mask_ptr is not None:
         given = tl.load(form.mask_ptr + form.mask_rows + j, mask=j < n_k, other=0)
-        if not is_boolean(form):
+        if not is_boolean(form.mask_ptr):
             given = given.to(tl.float32)
             given = tl.where(given < LOWEST, tl.where(given == float("-inf"), given, LOWEST), given)
     return given
@@ -203,7 +206,7 @@ def seen_keys(j, first, last, given, form, sees, AXIS: tl.constexpr):
         seen &= j >= first - sees.left
     if sees.right is not None:
         seen &= j <= last + sees.right
-    if is_boolean(form):
+    if is_boolean(form.mask_ptr):
         seen &= tl.max(given.to(tl.int32), axis=AXIS) > 0
     return seen
 
@@ -222,7 +225,7 @@ def logits(s, i, j, given, form, sees, CHECK: tl.constexpr):
         t = 1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 * LOG2E / form.softcap)))
         s = form.softcap * t
         steep = 1.0 - t * t
-    if form.mask_ptr is not None and not is_boolean(form):
+    if form.mask_ptr is not None and not is_boolean(form.mask_ptr):
         s += given
     if form.slopes is not None:
         s -= form.slopes * tl.abs(i - j).to(tl.float32)
@@ -233,18 +236,18 @@ def logits(s, i, j, given, form, sees, CHECK: tl.constexpr):
         if sees.right is not None:
             seen &= j <= i + sees.right
         s = tl.where(seen, s, float("-inf"))
-    if is_boolean(form):
+    if is_boolean(form.mask_ptr):
         s = tl.where(given, s, float("-inf"))
     return s, steep
 
 
 @triton.jit
-def form_of(scale, softcap, mask_ptr, mask_rows, slopes, FOLDED: tl.constexpr):
-    """FOLDED: the scale can wait for the exponential."""
+def unit_of(scale, FOLDED: tl.constexpr):
+    """What makes a logit one in base 2. FOLDED: the scale can wait for it."""
     unit = tl.cast(LOG2E, tl.float32)
     if FOLDED:
         unit *= scale
-    return Form(None if FOLDED else scale, unit, softcap, mask_ptr, mask_rows, slopes)
+    return unit
 
 
 @triton.jit
@@ -252,7 +255,7 @@ def probabilities(s, i, j, lse, share, given, form, sees, CHECK: tl.constexpr):
     """Probabilities of products s, and the derivative of softcap."""
     s, steep = logits(s, i, j, given, form, sees, CHECK)
     p = tl.exp2(s * form.unit - lse)
-    if form.mask_ptr is not None and not is_boolean(form):
+    if form.mask_ptr is not None and not is_boolean(form.mask_ptr):
         p *= share
     return p, steep
 
@@ -261,7 +264,7 @@ def probabilities(s, i, j, lse, share, given, form, sees, CHECK: tl.constexpr):
 def logit_gradients(p, dp, delta, kept, form, CHECK: tl.constexpr):
     """Gradients of logits, from dp after dropout, which multiplied by `kept`."""
     ds = p * (dp * kept - delta)
-    if CHECK or is_boolean(form):
+    if CHECK or is_boolean(form.mask_ptr):
         # a hidden key may hold NaN, and 0 times that is NaN
         ds = tl.where(p == 0.0, 0.0, ds)
     return ds

@@ -8,10 +8,10 @@ import triton.language as tl
 
 from ._attention import (
     LOG2E,
+    Form,
     Sees,
     Source,
     blocks_seen,
-    form_of,
     head_of,
     is_boolean,
     kept_by_dropout,
@@ -27,6 +27,7 @@ from ._attention import (
     seen_keys,
     sequence,
     source_of,
+    unit_of,
 )
 
 
@@ -38,7 +39,7 @@ def attend(
 ):  # fmt: skip
     """Keys begin..end join the row's sums of exponentials, which are relative to its peak."""
     n = tl.arange(0, BLOCK_N)
-    HIDES: tl.constexpr = CHECK or is_boolean(form)
+    HIDES: tl.constexpr = CHECK or is_boolean(form.mask_ptr)
     for start in range(begin, end, BLOCK_N):
         j = start + n
         given = load_mask(form, j[None, :], sees.n_k)
@@ -84,7 +85,8 @@ def attention_fwd(
     rows = rows_of(block, kv, b, q_start, q_len, shift, cu_q_ptr, n_heads, n_group, n_q, BLOCK_M)
     mask_rows = mask_rows_of(b, rows.head[:, None], rows.query[:, None], mask_b, mask_h, mask_q)
     slopes = load_slopes(slopes_ptr, rows.head[:, None])
-    form = form_of(scale, softcap, mask_ptr, mask_rows, slopes, FOLDED)
+    own, unit = None if FOLDED else scale, unit_of(scale, FOLDED)
+    form = Form(own, unit, softcap, mask_ptr, mask_rows, slopes)
     sees = Sees(k_len, left, right)
 
     q_head = head_of(q_ptr, b, rows.head, q_start, q_b, q_h, q_s, cu_q_ptr, STEP)

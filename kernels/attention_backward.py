@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from ._attention import (
+    Form,
     Sees,
     blocks_seen,
-    form_of,
     head_of,
     is_boolean,
     kept_by_dropout,
@@ -30,6 +30,7 @@ from ._attention import (
     seen_keys,
     sequence,
     source_of,
+    unit_of,
 )
 
 
@@ -58,7 +59,7 @@ def add_dq(
 ):  # fmt: skip
     """What keys begin..end add to dq / scale."""
     n = tl.arange(0, BLOCK_N)
-    HIDES: tl.constexpr = CHECK or is_boolean(form)
+    HIDES: tl.constexpr = CHECK or is_boolean(form.mask_ptr)
     for start in range(begin, end, BLOCK_N):
         j = start + n
         given = load_mask(form, j[None, :], sees.n_k)
@@ -99,7 +100,8 @@ def attention_dq(
     rows = rows_of(block, kv, b, q_start, q_len, shift, cu_q_ptr, n_heads, n_group, n_q, BLOCK_M)
     mask_rows = mask_rows_of(b, rows.head[:, None], rows.query[:, None], mask_b, mask_h, mask_q)
     slopes = load_slopes(slopes_ptr, rows.head[:, None])
-    form = form_of(scale, softcap, mask_ptr, mask_rows, slopes, FOLDED)
+    own, unit = None if FOLDED else scale, unit_of(scale, FOLDED)
+    form = Form(own, unit, softcap, mask_ptr, mask_rows, slopes)
     sees = Sees(k_len, left, right)
 
     query = rows.query.to(tl.int64)
@@ -172,7 +174,8 @@ def add_dkdv(
         mask_rows = of.mask_first
         if of.mask_q is not None:
             mask_rows += query.to(tl.int64)[None, :] * of.mask_q
-        form = form_of(scale, softcap, of.mask_ptr, mask_rows, of.slopes, FOLDED)
+        own, unit = None if FOLDED else scale, unit_of(scale, FOLDED)
+        form = Form(own, unit, softcap, of.mask_ptr, mask_rows, of.slopes)
         given = load_mask(form, j[:, None], sees.n_k)
         s = tl.dot(keys, q_tile.T, input_precision=PRECISION)
         i = (query + of.shift)[None, :]
@@ -294,7 +297,7 @@ def attention_dbias(
             query = tl.minimum(first + m, n_q - 1)
             mask_rows = mask_rows_of(b, head, query[:, None], bias_b, bias_h, bias_q)
             slopes = load_slopes(slopes_ptr, head)
-            form = form_of(scale, softcap, bias_ptr, mask_rows, slopes, False)
+            form = Form(scale, unit_of(scale, False), softcap, bias_ptr, mask_rows, slopes)
             q = source_of(q_ptr, b, head, 0, q_b, q_h, q_s, None, STEP)
             do = source_of(do_ptr, b, head, 0, do_b, do_h, do_s, None, STEP)
             kv = head // n_group
