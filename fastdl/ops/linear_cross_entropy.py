@@ -72,8 +72,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total + a b in float32. The first product needs nothing to add to."""
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
-    elif a.device.type == "cpu" or torch.version.hip:
-        # these have no product of less that ends in float32
+    elif a.device.type != "cuda" or torch.version.hip:
+        # these have no product of less that ends in float32, meta tensors in some versions
         _add(total, torch.mm(a, b), first)
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
