@@ -130,6 +130,21 @@ def test_several_gpus_have_a_section_each(tmp_path):
     assert max(Counter(ids).values()) == 1
 
 
+def test_errors_stand_in_order_whoever_was_first(tmp_path):
+    fake_results.write(tmp_path, ops=("linear",))
+    path = tmp_path / "fake_gpu_9000" / "check.json"
+    table = json.loads(path.read_text())
+    before = Tables(rendered(tmp_path)).headed("op", "dtype")[0]
+    rows = [
+        (name, {**row, "report": {**row["report"], "rows": [one]}})
+        for name, row in table["rows"].items()
+        for one in row["report"]["rows"]
+    ]
+    table["rows"] = {f"{name} {i}": row for i, (name, row) in enumerate(reversed(rows))}
+    path.write_text(json.dumps(table))
+    assert Tables(rendered(tmp_path)).headed("op", "dtype")[0] == before
+
+
 def test_marks(tmp_path):
     fake_results.write(tmp_path, ops=("nll_loss", "linear"))
     path = tmp_path / "fake_gpu_9000" / "linear.json"
