@@ -211,7 +211,7 @@ def _settle_key(fn: Any) -> None:
     first: it depends on which of them have one by then, and would miss in the next process.
     """
     function = getattr(fn, "fn", None)
-    if function is None or fn.hash is not None:
+    if function is None or getattr(fn, "hash", "") is not None:
         return
     names = function.__code__.co_names
     used = [function.__globals__[name] for name in names if name in function.__globals__]
