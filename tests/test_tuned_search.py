@@ -173,6 +173,7 @@ def ahead(tmp_path, wanted, *more):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_launch_after_it_compiles_nothing(tmp_path):
     assert ahead(tmp_path, [("softmax", (1000,))], 1) == {"launched": 1, "new": 0}
 
