@@ -1,11 +1,14 @@
 """torch's attention call with fastdl's kernels in the place of flash attention."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn import attention
 
 import fastdl
+from fastdl import tuned
 from fastdl.integrations import torch_sdpa
 
 # Flash attention's op exists for CUDA tensors. Without a GPU it is replaced for CPU tensors, where
@@ -96,6 +99,31 @@ def test_what_the_kernels_do_not_take_is_left_to_torch(device):
         None, q, q, k, k, q, q, None, None, 5, 3, 0.0, True, q, q, scale=2.0
     )
     assert called == [(6, {"scale": None}), (14, {"scale": 2.0})]
+
+
+@pytest.mark.parametrize("measured", [(), ("attention",), ("attention_backward",)])
+def test_what_torch_was_measured_to_do_faster_is_left_to_torch(device, monkeypatch, measured):
+    """Else torch's kernel would be looked for in its own place, without end."""
+    called = []
+
+    class Theirs:
+        def call_boxed(self, keys, *args, **kwargs):
+            called.append(len(args))
+            return
+
+    to_torch = tuned.Config({}, variant="torch")
+    with contextlib.ExitStack() as stack:
+        for op in measured:
+            stack.enter_context(tuned.forced(op, torch.bfloat16, (128, 16), to_torch))
+        q = torch.randn(1, 1, 130, 16, dtype=torch.bfloat16, device=device)
+        forward = torch_sdpa._forward_before(Theirs())
+        backward = torch_sdpa._backward_before(Theirs())
+        found = forward(None, q, q, q)
+        o, lse = found[:2] if found is not None else (q, q.new_zeros(1, 1, 130).float())
+        backward(None, q, q, q, q, o, lse, None, None, 130, 130, 0.0, False,
+                 *[torch.zeros(2, dtype=torch.uint64)] * 2)  # fmt: skip
+    # a forward of torch's has a backward of torch's
+    assert called == {(): [], ("attention",): [6, 14], ("attention_backward",): [14]}[measured]
 
 
 def test_registry():

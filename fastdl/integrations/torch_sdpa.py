@@ -65,12 +65,15 @@ def install(device: str = "CUDA") -> Installed:
     return Installed(library)
 
 
-def _can(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> bool:
-    """Whether the kernels run. Forward and backward of a call must agree, so that it depends on
-    nothing but the tensors.
+def _is_ours(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool, scale: float | None
+) -> bool:
+    """Whether the kernels run forward. Backward asks the same, because dropout's state is of one
+    or of the other.
     """
+    seed = q if dropout_p > 0 else None  # what counts is that there is one
     return (
-        FORWARD._reason(q, k, v) is None
+        FORWARD._reason(*_arguments(q, k, v, seed, dropout_p, is_causal, scale)) is None
         and register_a_is_safe(q.device)
         # flash attention's causal mask begins at the last key
         and not (is_causal and k.shape[2] < q.shape[2])
@@ -94,7 +97,8 @@ def _forward_before(theirs: Any) -> Any:
         keys: Any, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
         return_debug_mask: bool = False, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
-        if theirs is not None and (return_debug_mask or not _can(q, k, v, is_causal)):
+        ours = not return_debug_mask and _is_ours(q, k, v, dropout_p, is_causal, scale)
+        if theirs is not None and not ours:
             return theirs.call_boxed(
                 keys, q, k, v, dropout_p, is_causal, return_debug_mask, scale=scale
             )
@@ -117,14 +121,17 @@ def _backward_before(theirs: Any) -> Any:
         cu_k: Any, max_q: int, max_k: int, dropout_p: float, is_causal: bool, state: Tensor,
         unused: Tensor, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
-        if theirs is not None and not _can(q, k, v, is_causal):
+        seed = state.view(torch.int64)[0] if dropout_p > 0 else None
+        given = _arguments(q, k, v, seed, dropout_p, is_causal, scale)
+        needs = [True, True, True, False, False]
+        ours = _is_ours(q, k, v, dropout_p, is_causal, scale)
+        # or torch's kernel was measured to be faster at this pass
+        if theirs is not None and (not ours or BACKWARD._reason(do, None, o, lse, *given, needs)):
             return theirs.call_boxed(
                 keys, do, q, k, v, o, lse, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, state,
                 unused, scale=scale,
             )  # fmt: skip
-        seed = state.view(torch.int64)[0] if dropout_p > 0 else None
-        given = _arguments(q, k, v, seed, dropout_p, is_causal, scale)
-        found = BACKWARD.overload(do, None, o, lse / LN2, *given, [True, True, True, False, False])
+        found = BACKWARD.overload(do, None, o, lse / LN2, *given, needs)
         return found[:3]
 
     return backward
