@@ -212,10 +212,6 @@ def _swapped(*tensors: Tensor) -> Any:
     return tuple(t.transpose(1, 2) for t in tensors)
 
 
-def _decoding(a: Any) -> bool:
-    return a.query.shape[-2] == 1 and _frozen(a.query, a.key, a.value)
-
-
 @covers(
     FF.scaled_dot_product_attention, "flash-attn", "flash_attn",
     lambda a: a.query.dim() == 4 and _flash(a),
@@ -225,24 +221,10 @@ def flash_attention(
     scale: float | None = None, enable_gqa: bool = False, window_size: Any = (-1, -1),
     softcap: float = 0.0, alibi_slopes: Any = None,
 ) -> Tensor:  # fmt: skip
-    o = flash.flash_attn_func(
-        *_swapped(query, key, value), softmax_scale=scale, causal=is_causal,
-        window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
-    )  # fmt: skip
-    return o.transpose(1, 2)
-
-
-# later covers go before: a cache is split over the multiprocessors
-@covers(
-    FF.scaled_dot_product_attention, "flash-attn", "flash_attn",
-    lambda a: a.query.dim() == 4 and _decoding(a) and _flash(a),
-)  # fmt: skip
-def flash_decoding(
-    flash: Any, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False,
-    scale: float | None = None, enable_gqa: bool = False, window_size: Any = (-1, -1),
-    softcap: float = 0.0, alibi_slopes: Any = None,
-) -> Tensor:  # fmt: skip
-    o = flash.flash_attn_with_kvcache(
+    # its call for a cache splits the keys over the multiprocessors
+    decoding = query.shape[-2] == 1 and _frozen(query, key, value)
+    call = flash.flash_attn_with_kvcache if decoding else flash.flash_attn_func
+    o = call(
         *_swapped(query, key, value), softmax_scale=scale, causal=is_causal,
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
     )  # fmt: skip

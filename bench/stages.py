@@ -18,6 +18,7 @@ from bench.exact import check_exact, exact_cases
 from bench.exact_attention import attention_cases, check_attention
 from bench.exact_conv import check_conv, conv_cases
 from bench.machine import Host
+from bench.report.static import checked
 from bench.store import Row
 from fastdl.contract import SPECS, STEPS, Case, Spec
 from fastdl.contract.case import DTYPES
@@ -62,13 +63,10 @@ class Stage(NamedTuple):
 
 
 def check_rows(context: Context) -> Rows:
-    def work(op: str, dtype: torch.dtype) -> Row:
-        report = fastdl.check([op], device=context.machine.device, dtypes=[dtype])
-        return {"ok": report.ok, "says": str(report), "report": json.loads(report.to_json())}
-
     for op in SPECS:
         for dtype in DTYPES:
-            yield f"{op} {str(dtype).removeprefix('torch.')}", partial(work, op, dtype)
+            work = partial(checked, op, device=context.machine.device, dtypes=[dtype])
+            yield f"{op} {str(dtype).removeprefix('torch.')}", work
 
 
 def exact_rows(context: Context) -> Rows:
@@ -146,8 +144,7 @@ def op_rows(op: str, context: Context) -> Rows:
 
         def work(case: Any = case) -> Row:
             compiled = not context.options.no_compile
-            found = rows.measure(case, context.machine, context.ceilings, compiled=compiled)
-            return {**found, "ceilings": context.ceilings._asdict()}
+            return rows.measure(case, context.machine, context.ceilings, compiled=compiled)
 
         yield case.name, work
 

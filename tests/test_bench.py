@@ -1,4 +1,4 @@
-"""The benchmark, without a GPU: its statistics, its rows, its stages and its suite."""
+"""The benchmark, without a GPU: its statistics, its suite, and what a call costs the host."""
 
 import os
 import subprocess
@@ -7,14 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import rows
 from bench.interleave import Timer, host_timer, interleave, summarize
 
-from fastdl.tuned import Device
-
 ROOT = Path(__file__).resolve().parents[1]
-H200 = Device("NVIDIA H200", "cuda", 90, sms=132, shared=232448)
-CEILINGS = rows.Ceilings(4e12, {"bfloat16": 8e14, "float16": 8e14, "float32": 5e13})
 
 
 class Clock:

@@ -23,18 +23,9 @@ import fastdl
 import fastdl.functional as FF
 from fastdl.contract import SPECS, BenchCase, Case
 from fastdl.tuned import device_of
+from test_bench import Clock
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class Clock:
-    """Time passes only when a call says so."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 class Straw(Host):
@@ -399,6 +390,9 @@ def test_all_of_it_on_a_machine_of_straw(straw, capsys):
         assert good and all(good) == (name != "sanitizer"), table["rows"]
     assert tables["layer_norm"]["rows"].keys() == {"6x24", "6x24 backward"}
     assert [*tables["layer_norm"]["rows"]["6x24 backward"]["passes"]] == ["both", "backward"]
+    checked = tables["check"]["rows"]
+    assert [*checked] == [f"layer_norm {dtype}" for dtype in ("float32", "float16", "bfloat16")]
+    assert all(len(row["report"]["rows"]) == 1 for row in checked.values())
     entries = tables["tune"]["rows"]["layer_norm"]["table"]["entries"]
     assert entries["layer_norm/bfloat16/32"]["margin"]["ratio"] == 3
     (run,) = tables["layer_norm"]["runs"].values()

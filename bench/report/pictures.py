@@ -254,9 +254,12 @@ def curves(timed: Iterable[Timed]) -> Iterator[Curve]:
     for (op, case, part, *_), group in by(sized, alike).items():
         columns = list(zip(*(size for _, size in group), strict=True))
         dim = max(range(len(columns)), key=lambda i: (len(set(columns[i])), i))
-        last = len(columns) - 1
-        split = by(group, lambda pair: None if dim == last else pair[1][-1])  # noqa: B023
-        for width, same in split.items():
+        is_last = dim == len(columns) - 1
+        # nothing is left to tell curves apart where the last dimension is the one they go along
+        widths: dict[int | None, list[tuple[Timed, list[int]]]] = {}
+        for one, size in group:
+            widths.setdefault(None if is_last else size[-1], []).append((one, size))
+        for width, same in widths.items():
             points = {size[dim]: one for one, size in same}
             if len(points) >= SIZES:
                 words = [word for word in re.sub(r"[#x.+]+", " ", case).split() if word != op]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fastdl
 from bench.store import RESULTS, ROOT, Row, Store, provenance
@@ -30,11 +30,11 @@ class Stage(NamedTuple):
     interpreted: bool
 
 
-def checked(op: str) -> Row:
-    """Errors against float64 in each dtype, ours and torch's."""
-    report = fastdl.check([op])
+def checked(op: str, **options: Any) -> Row:
+    """Errors against float64, ours and torch's. Options are those of fastdl.check."""
+    report = fastdl.check([op], **options)
     failures = [failure for row in report.rows for failure in row.failures]
-    says = f"{len(failures)} failed" if failures else "ok"
+    says = "; ".join(failures) or "ok"
     return {"ok": report.ok, "says": says, "report": json.loads(report.to_json())}
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -95,7 +96,6 @@ class NoVendor(Exception):
 @contextlib.contextmanager
 def vendors() -> Iterator[None]:
     """Inside of a with block, ops run their vendor calls, or raise NoVendor."""
-    ours = Op.__call__
 
     def run(op: Op, *args: Any) -> Any:
         found = None if op.vendor is None else op.vendor(*args)
@@ -103,11 +103,8 @@ def vendors() -> Iterator[None]:
             raise NoVendor(op.name)
         return found
 
-    Op.__call__ = run  # type: ignore[method-assign,assignment]
-    try:
+    with mock.patch.object(Op, "__call__", run):
         yield
-    finally:
-        Op.__call__ = ours  # type: ignore[method-assign]
 
 
 def floats(result: Any) -> list[Tensor]:
